@@ -8,7 +8,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,18 +17,28 @@ import torch
 from fusefeat._version import __version__
 
 _PACKAGE = Path(__file__).parent
+_FACTS = frozenset(("version", "torch", "torch_target", "python", "compiler", "cuda", "cuda_archs", "not_built"))
 _REBUILD = "rebuild it with `pip install .` (or `pip install -e . --no-build-isolation` in a source tree)"
 
 
 @dataclass(frozen=True)
 class Library:
-    """What is loaded. `reasons` says for each of "cpu", "cuda" and "bindings" that is missing why it is."""
+    """What is loaded. `reasons` says for each of "cpu", "cuda" and "bindings" that is missing why it is,
+    and under "isa" when FUSEFEAT_ISA asks for what this machine cannot do."""
 
     cpu_loaded: bool = False
     cuda_loaded: bool = False
     bindings: ModuleType | None = None
     build_info: dict[str, Any] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def cpu_reason(self) -> str | None:
+        return self.reasons.get("cpu")
+
+    @property
+    def cuda_reason(self) -> str | None:
+        return self.reasons.get("cuda")
 
 
 def _release(version: str) -> tuple[int, int]:
@@ -46,7 +55,9 @@ def _read_build_info() -> tuple[dict[str, Any], str]:
         return {}, f"this copy of fusefeat has not been compiled (no {path.name} in {_PACKAGE}): {_REBUILD}"
     except (OSError, ValueError) as error:
         return {}, f"{path} cannot be read ({error}): {_REBUILD}"
-    built, target = str(info.get("version")), str(info.get("torch_target", ""))
+    if not isinstance(info, dict) or not info.keys() >= _FACTS:
+        return {}, f"{path} does not hold the build facts of this version: {_REBUILD}"
+    built, target = info["version"], info["torch_target"]
     if built != __version__:
         return info, f"the binaries were compiled for fusefeat {built}, the Python code is {__version__}: {_REBUILD}"
     if _release(torch.__version__) < _release(target):
@@ -88,7 +99,6 @@ def _load_bindings(info: dict[str, Any]) -> tuple[ModuleType | None, str]:
     return module, ""
 
 
-@cache
 def load() -> Library:
     info, problem = _read_build_info()
     if problem:
@@ -97,6 +107,9 @@ def load() -> Library:
     # The operators are defined in the CPU library; without it there is nothing to implement for CUDA.
     reasons["cuda"] = f"the CPU library is not loaded: {reasons['cpu']}" if reasons["cpu"] else _load_cuda(info)
     bindings, reasons["bindings"] = _load_bindings(info)
+    wish = os.environ.get("FUSEFEAT_ISA")
+    if wish and bindings is not None and not reasons["cpu"] and wish != bindings.isa_current():
+        reasons["isa"] = f"FUSEFEAT_ISA={wish} cannot be had on this machine; {bindings.isa_current()} is used"
     return Library(
         cpu_loaded=not reasons["cpu"],
         cuda_loaded=not reasons["cuda"],
@@ -107,20 +120,15 @@ def load() -> Library:
 
 
 def _bindings() -> ModuleType:
-    library = load()
-    if library.bindings is None or not library.cpu_loaded:
-        raise RuntimeError(f"fusefeat: {library.reasons.get('cpu') or library.reasons.get('bindings')}")
-    return library.bindings
+    if STATE.bindings is None or not STATE.cpu_loaded:
+        raise RuntimeError(f"fusefeat: {STATE.cpu_reason or STATE.reasons['bindings']}")
+    return STATE.bindings
 
 
 def isa() -> dict[str, str]:
-    """The instruction set the CPU kernels use now, the best there is, and a wish of FUSEFEAT_ISA that was not met."""
+    """The instruction set that the CPU kernels use now, and the best that this machine has."""
     bindings = _bindings()
-    state = {"current": bindings.isa_current(), "best": bindings.isa_best()}
-    wish = os.environ.get("FUSEFEAT_ISA")
-    if wish and wish != state["current"]:
-        state["FUSEFEAT_ISA"] = wish
-    return state
+    return {"current": bindings.isa_current(), "best": bindings.isa_best()}
 
 
 @contextmanager
@@ -133,3 +141,6 @@ def use_isa(name: str) -> Iterator[None]:
         yield
     finally:
         bindings.isa_set(before)
+
+
+STATE = load()
