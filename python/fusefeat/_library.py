@@ -18,6 +18,7 @@ from fusefeat._version import __version__
 
 _PACKAGE = Path(__file__).parent
 _FACTS = frozenset(("version", "torch", "torch_target", "python", "compiler", "cuda", "cuda_archs", "not_built"))
+_NO_CPU = "the CPU library, which defines the operators, is not loaded"
 _REBUILD = "rebuild it with `pip install .` (or `pip install -e . --no-build-isolation` in a source tree)"
 
 
@@ -102,10 +103,9 @@ def _load_bindings(info: dict[str, Any]) -> tuple[ModuleType | None, str]:
 def load() -> Library:
     info, problem = _read_build_info()
     if problem:
-        return Library(build_info=info, reasons=dict.fromkeys(("cpu", "cuda", "bindings"), problem))
+        return Library(build_info=info, reasons={"cpu": problem, "cuda": _NO_CPU, "bindings": problem})
     reasons = {"cpu": _load_library("cpu")}
-    # The operators are defined in the CPU library; without it there is nothing to implement for CUDA.
-    reasons["cuda"] = f"the CPU library is not loaded: {reasons['cpu']}" if reasons["cpu"] else _load_cuda(info)
+    reasons["cuda"] = _NO_CPU if reasons["cpu"] else _load_cuda(info)
     bindings, reasons["bindings"] = _load_bindings(info)
     wish = os.environ.get("FUSEFEAT_ISA")
     if wish and bindings is not None and not reasons["cpu"] and wish != bindings.isa_current():

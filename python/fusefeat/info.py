@@ -104,8 +104,9 @@ def text(facts: dict[str, Any]) -> str:
             ],
         ),
     ]
-    if facts["not_loaded"]:
-        parts.append(_rows("not loaded", list(facts["not_loaded"].items())))
+    others = [(name, reason) for name, reason in facts["not_loaded"].items() if name not in facts["backends"]]
+    if others:
+        parts.append(_rows("not as wished", others))
     return "\n\n".join(part.rstrip() for part in parts)
 
 
