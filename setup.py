@@ -12,21 +12,41 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from types import ModuleType
 
-import torch
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "fusefeat"
-TORCH_DIR = Path(torch.__file__).resolve().parent
 TORCH_TARGET = (2, 11)
 CUDA_MIN = (12, 4)
+
+
+def torch_dir(torch: ModuleType) -> Path:
+    return Path(torch.__file__).resolve().parent
 
 
 def version() -> str:
     text = (ROOT / "python" / PACKAGE / "_version.py").read_text()
     return re.search(r'__version__ = "([^"]+)"', text)[1]
+
+
+def find_torch() -> ModuleType:
+    try:
+        import torch
+    except ImportError:
+        raise SystemExit(
+            "fusefeat: torch is needed to build. Either `pip install .`, which fetches its own, or install torch before "
+            "`pip install . --no-build-isolation`."
+        ) from None
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < TORCH_TARGET:
+        raise SystemExit(f"fusefeat: torch >= {dotted(TORCH_TARGET)} is needed to build, found {torch.__version__}")
+    return torch
+
+
+def dotted(version: tuple[int, int]) -> str:
+    return f"{version[0]}.{version[1]}"
 
 
 def tool(name: str, bin_dir: str) -> str:
@@ -59,7 +79,7 @@ def nvcc_version(nvcc: str) -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def choose_cuda() -> tuple[str | None, str]:
+def choose_cuda(torch: ModuleType) -> tuple[str | None, str]:
     """The nvcc to build the CUDA library with, or None and the reason why it is not built."""
     wish = os.environ.get("FUSEFEAT_CUDA", "")
     if wish not in ("", "0", "1"):
@@ -68,12 +88,12 @@ def choose_cuda() -> tuple[str | None, str]:
         return None, "FUSEFEAT_CUDA=0 was set"
     nvcc = find_nvcc()
     reason = ""
-    if not list((TORCH_DIR / "lib").glob("libtorch_cuda.so")):
+    if not (torch_dir(torch) / "lib" / "libtorch_cuda.so").exists():
         reason = f"torch {torch.__version__}, built against, is without CUDA"
     elif nvcc is None:
         reason = "nvcc was not found (CUDACXX, CUDA_HOME, PATH, /usr/local/cuda)"
     elif nvcc_version(nvcc) < CUDA_MIN:
-        reason = f"{nvcc} is CUDA {'.'.join(map(str, nvcc_version(nvcc)))}, older than {'.'.join(map(str, CUDA_MIN))}"
+        reason = f"{nvcc} is CUDA {dotted(nvcc_version(nvcc))}, older than {dotted(CUDA_MIN)}"
     if reason and wish == "1":
         raise SystemExit(f"fusefeat: FUSEFEAT_CUDA=1, but {reason}")
     return (None, reason) if reason else (nvcc, "")
@@ -100,18 +120,18 @@ def jobs() -> int:
     return int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))
 
 
-def bindings() -> tuple[list[str], str]:
-    """CMake settings for the pybind11 module, or none and the reason why it is not built."""
+def find_pybind11() -> tuple[str, str]:
+    """Where pybind11's CMake files are, or "" and the reason why the Python module is not built."""
     if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
-        return [], "Python.h was not found: install Python's development headers"
+        return "", "Python.h was not found: install Python's development headers"
     try:
-        pybind11 = importlib.import_module("pybind11")
+        return importlib.import_module("pybind11").get_cmake_dir(), ""
     except ImportError:
-        return [], "pybind11 was not found"
-    return [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}"], ""
+        return "", "pybind11 was not found"
 
 
-def settings(nvcc: str | None, cuda_reason: str) -> dict[str, str]:
+def cmake_variables(torch: ModuleType) -> dict[str, str]:
+    nvcc, cuda_reason = choose_cuda(torch)
     print(f"fusefeat: CUDA library: {f'built with {nvcc}' if nvcc else f'not built: {cuda_reason}'}", flush=True)
     if nvcc and torch.version.cuda and int(torch.version.cuda.split(".")[0]) != nvcc_version(nvcc)[0]:
         print(
@@ -119,37 +139,42 @@ def settings(nvcc: str | None, cuda_reason: str) -> dict[str, str]:
             "the CUDA library will be loaded only by a torch of its own CUDA major version",
             flush=True,
         )
-    return {
-        "CUDA": "ON" if nvcc else "OFF",
-        "CUDA_REASON": cuda_reason,
-        "CUDA_ARCHS": ";".join(cuda_archs(nvcc)) if nvcc else "",
-        "VERSION": version(),
-        "PYTHON_VERSION": f"{sys.version_info.major}.{sys.version_info.minor}",
-        "TORCH_DIR": str(TORCH_DIR),
-        "TORCH_VERSION": torch.__version__,
-        "TORCH_TARGET": f"0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}{0:012x}",
-        "TORCH_TARGET_NAME": ".".join(map(str, TORCH_TARGET)),
+    pybind11_dir, bindings_reason = find_pybind11()
+    if bindings_reason:
+        print(f"fusefeat: warning: Python module not built: {bindings_reason}", flush=True)
+    variables = {
+        "FUSEFEAT_VERSION": version(),
+        "FUSEFEAT_PYTHON_VERSION": f"{sys.version_info.major}.{sys.version_info.minor}",
+        "FUSEFEAT_TORCH_DIR": str(torch_dir(torch)),
+        "FUSEFEAT_TORCH_VERSION": str(torch.__version__),
+        "FUSEFEAT_TORCH_TARGET": f"0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}{0:012x}",
+        "FUSEFEAT_TORCH_TARGET_NAME": dotted(TORCH_TARGET),
+        "FUSEFEAT_CUDA": "ON" if nvcc else "OFF",
+        "FUSEFEAT_CUDA_REASON": cuda_reason,
+        "FUSEFEAT_BINDINGS": "ON" if pybind11_dir else "OFF",
+        "FUSEFEAT_BINDINGS_REASON": bindings_reason,
     }
+    if nvcc:
+        variables |= {"CMAKE_CUDA_COMPILER": nvcc, "CMAKE_CUDA_ARCHITECTURES": ";".join(cuda_archs(nvcc))}
+    if pybind11_dir:
+        variables |= {"pybind11_DIR": pybind11_dir, "Python_EXECUTABLE": sys.executable}
+    return variables
 
 
 class CMakeBuild(build_ext):
     """One build of all libraries, installed into the package: that of the source tree when editable."""
 
     def run(self) -> None:
-        if tuple(int(part) for part in torch.__version__.split(".")[:2]) < TORCH_TARGET:
-            raise SystemExit(f"fusefeat: torch >= {'.'.join(map(str, TORCH_TARGET))} is needed, found {torch.__version__}")
-        build_dir = ROOT / "build" / f"{sys.implementation.cache_tag}-torch{torch.__version__}"
-        build_dir.mkdir(parents=True, exist_ok=True)
+        torch = find_torch()
         cmake = tool("cmake", "CMAKE_BIN_DIR")
-        nvcc, cuda_reason = choose_cuda()
-        values = settings(nvcc, cuda_reason)
-        binding_args, reason = bindings()
-        values |= {"BINDINGS": "OFF" if reason else "ON", "BINDINGS_REASON": reason}
-        command = [cmake, "-S", str(ROOT), "-B", str(build_dir), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"]
-        command += [f"-DCMAKE_MAKE_PROGRAM={tool('ninja', 'BIN_DIR')}", *binding_args]
-        command += [f"-DFUSEFEAT_{name}={value}" for name, value in values.items()]
-        if nvcc:
-            command += [f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DCMAKE_CUDA_ARCHITECTURES={values['CUDA_ARCHS']}"]
+        # Kept between builds. An isolated build sees torch at a new path each time, hence a directory of its own.
+        kind = "inplace" if self.in_source_tree() else "wheel"
+        build_dir = ROOT / "build" / f"{kind}-{sys.implementation.cache_tag}-torch{torch.__version__}"
+        build_dir.mkdir(parents=True, exist_ok=True)
+        variables = {"CMAKE_BUILD_TYPE": "Release", "CMAKE_MAKE_PROGRAM": tool("ninja", "BIN_DIR")}
+        variables |= cmake_variables(torch)
+        command = [cmake, "-S", str(ROOT), "-B", str(build_dir), "-G", "Ninja"]
+        command += [f"-D{name}={value}" for name, value in variables.items()]
         cache = build_dir / "CMakeCache.txt"
         if cache.exists() and f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT}\n" not in cache.read_text():
             command.append("--fresh")  # the source tree was moved
@@ -160,8 +185,11 @@ class CMakeBuild(build_ext):
                 old.unlink()  # not overwritten: a process may have it mapped
         subprocess.run([cmake, "--install", str(build_dir), "--prefix", str(self.package_dir()), "--strip"], check=True)
 
+    def in_source_tree(self) -> bool:
+        return bool(self.inplace or self.editable_mode)
+
     def package_dir(self) -> Path:
-        if self.inplace or self.editable_mode:
+        if self.in_source_tree():
             return ROOT / "python" / PACKAGE
         return Path(self.build_lib).resolve() / PACKAGE
 
@@ -173,4 +201,5 @@ class CMakeBuild(build_ext):
         return {}
 
 
-setup(ext_modules=[Extension(f"{PACKAGE}._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+if __name__ == "__main__":
+    setup(ext_modules=[Extension(f"{PACKAGE}._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
