@@ -59,7 +59,7 @@ def finite_number(function: str, name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{function}: {name} must be a real number, got {describe(value)}")
     number = float(value)
-    if not math.isfinite(number):
+    if not -math.inf < number < math.inf:
         raise ValueError(f"{function}: {name} must be finite, got {describe(value)}")
     return number
 
@@ -155,7 +155,7 @@ def scores(function: str, value: Any, values: Tensor) -> None:
 def no_forward_mode(function: str, backend: str, *tensors: Tensor) -> None:
     """Kernels have no forward-mode derivative; dropping the tangent in silence would be a wrong number."""
     level = torch.autograd.forward_ad
-    if level._current_level < 0:
+    if level._current_level < 0 or torch.compiler.is_compiling():  # compiled transforms run plain PyTorch
         return
     for value in tensors:
         if level.unpack_dual(value).tangent is not None:

@@ -102,7 +102,7 @@ class _Forward(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, pool: Pool, *args: Any) -> Any:
         *tensors, extra = args
-        return _vmap_forward(pool, info.batch_size, in_dims[1:5], tensors, extra)
+        return _vmap_forward(pool, pool.other_is_per_token, info.batch_size, in_dims[1:5], tensors, extra)
 
 
 class _Backward(torch.autograd.Function):
@@ -165,14 +165,16 @@ def _second_gradients(ctx: Any, pool: Pool, grads: Any) -> tuple[Any, ...]:
     return *seconds, *([None] * (ctx.input_count - 4))
 
 
-def _vmap_forward(pool: Pool, size: int, dims: Any, tensors: Any, extra: tuple[Any, ...]) -> Any:
+def _vmap_forward(
+    pool: Callable[..., Any], other_is_per_token: bool, size: int, dims: Any, tensors: Any, extra: tuple[Any, ...]
+) -> Any:
     x_dim, other_dim, mask_dim, cu_dim = dims
     x, other, mask, cu_seqlens = tensors
-    if cu_dim is None and (pool.other_is_per_token or other_dim is None):
+    if cu_dim is None and (other_is_per_token or other_dim is None):
         # The mapped axis becomes more bags of one call.
         x = fold(x, x_dim, size)
         mask = None if mask is None else fold(mask, mask_dim, size)
-        other = fold(other, other_dim, size) if pool.other_is_per_token else other
+        other = fold(other, other_dim, size) if other_is_per_token else other
         if cu_seqlens is not None:
             tokens = x.shape[0] // size
             starts = torch.arange(size, device=cu_seqlens.device)[:, None] * tokens + cu_seqlens[:-1]
@@ -180,7 +182,7 @@ def _vmap_forward(pool: Pool, size: int, dims: Any, tensors: Any, extra: tuple[A
         out, lse, weights = pool(x, other, mask, cu_seqlens, *extra)
         weights = unfold(weights, size) if extra[-1] else weights.expand(size, 0)
         return (unfold(out, size), unfold(lse, size), weights), (0, 0, 0)
-    if x_dim is None and mask_dim is None and cu_dim is None and not pool.other_is_per_token:
+    if x_dim is None and mask_dim is None and cu_dim is None and not other_is_per_token:
         # Only the queries are mapped: they all read x in one call.
         queries = other.movedim(other_dim, 0)
         out, lse, weights = pool(x, queries.reshape(-1, x.shape[-1]), mask, cu_seqlens, *extra)
@@ -236,10 +238,10 @@ def _pool(forward: Any, backward: Any, formula: Callable[..., Any], other_is_per
         return _second_gradients(ctx, pool, grads)
 
     def vmap_forward(info: Any, in_dims: Any, *args: Any) -> Any:
-        return _vmap_forward(pool, info.batch_size, in_dims[:4], args[:4], args[4:])
+        return _vmap_forward(forward, other_is_per_token, info.batch_size, in_dims[:4], args[:4], args[4:])
 
     def vmap_backward(info: Any, in_dims: Any, *args: Any) -> Any:
-        return loop(pool.gradients, info.batch_size, in_dims, args)
+        return loop(backward, info.batch_size, in_dims, args)
 
     torch.library.register_autograd(forward, backward_of_forward, setup_context=setup_forward)
     torch.library.register_autograd(backward, backward_of_backward, setup_context=setup_backward)
