@@ -72,7 +72,8 @@ class Pool:
             return torch.func.vjp(formula, x, other)[1](cotangents)
 
         cotangents = (grad_out,) if grad_weights is None else (grad_out, grad_weights)
-        firsts, pull = torch.func.vjp(first_gradients, x, other, *cotangents)
+        pullback: Any = torch.func.vjp(first_gradients, x, other, *cotangents)
+        firsts, pull = pullback
         filled = tuple(
             torch.zeros_like(first) if grad is None or grad.shape != first.shape else grad
             for grad, first in zip(grads, firsts, strict=True)
@@ -92,7 +93,7 @@ class _Forward(torch.autograd.Function):
         _remember(ctx, x, other, mask, cu_seqlens, output, ctx.extra[-1])
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Any, grad_lse: Any, grad_weights: Any) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_out: Any, grad_lse: Any, grad_weights: Any) -> Any:
         need_x, need_other = ctx.needs_input_grad[1:3]
         grad_x, grad_other = _first_gradients(
             ctx, ctx.pool.gradients, ctx.extra[:-1], grad_out, grad_weights, need_x, need_other
@@ -102,7 +103,7 @@ class _Forward(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, pool: Pool, *args: Any) -> Any:
         *tensors, extra = args
-        return _vmap_forward(pool, info.batch_size, in_dims[1:5], tensors, extra)
+        return _vmap_forward(pool, pool.other_is_per_token, info.batch_size, in_dims[1:5], tensors, extra)
 
 
 class _Backward(torch.autograd.Function):
@@ -116,7 +117,7 @@ class _Backward(torch.autograd.Function):
         _remember_backward(ctx, inputs[1:])
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Any) -> Any:
         return None, *_second_gradients(ctx, ctx.pool, grads)
 
     @staticmethod
@@ -165,14 +166,16 @@ def _second_gradients(ctx: Any, pool: Pool, grads: Any) -> tuple[Any, ...]:
     return *seconds, *([None] * (ctx.input_count - 4))
 
 
-def _vmap_forward(pool: Pool, size: int, dims: Any, tensors: Any, extra: tuple[Any, ...]) -> Any:
+def _vmap_forward(
+    pool: Callable[..., Any], other_is_per_token: bool, size: int, dims: Any, tensors: Any, extra: tuple[Any, ...]
+) -> Any:
     x_dim, other_dim, mask_dim, cu_dim = dims
     x, other, mask, cu_seqlens = tensors
-    if cu_dim is None and (pool.other_is_per_token or other_dim is None):
+    if cu_dim is None and (other_is_per_token or other_dim is None):
         # The mapped axis becomes more bags of one call.
         x = fold(x, x_dim, size)
         mask = None if mask is None else fold(mask, mask_dim, size)
-        other = fold(other, other_dim, size) if pool.other_is_per_token else other
+        other = fold(other, other_dim, size) if other_is_per_token else other
         if cu_seqlens is not None:
             tokens = x.shape[0] // size
             starts = torch.arange(size, device=cu_seqlens.device)[:, None] * tokens + cu_seqlens[:-1]
@@ -180,7 +183,7 @@ def _vmap_forward(pool: Pool, size: int, dims: Any, tensors: Any, extra: tuple[A
         out, lse, weights = pool(x, other, mask, cu_seqlens, *extra)
         weights = unfold(weights, size) if extra[-1] else weights.expand(size, 0)
         return (unfold(out, size), unfold(lse, size), weights), (0, 0, 0)
-    if x_dim is None and mask_dim is None and cu_dim is None and not pool.other_is_per_token:
+    if x_dim is None and mask_dim is None and cu_dim is None and not other_is_per_token:
         # Only the queries are mapped: they all read x in one call.
         queries = other.movedim(other_dim, 0)
         out, lse, weights = pool(x, queries.reshape(-1, x.shape[-1]), mask, cu_seqlens, *extra)
@@ -236,10 +239,10 @@ def _pool(forward: Any, backward: Any, formula: Callable[..., Any], other_is_per
         return _second_gradients(ctx, pool, grads)
 
     def vmap_forward(info: Any, in_dims: Any, *args: Any) -> Any:
-        return _vmap_forward(pool, info.batch_size, in_dims[:4], args[:4], args[4:])
+        return _vmap_forward(forward, other_is_per_token, info.batch_size, in_dims[:4], args[:4], args[4:])
 
     def vmap_backward(info: Any, in_dims: Any, *args: Any) -> Any:
-        return loop(pool.gradients, info.batch_size, in_dims, args)
+        return loop(backward, info.batch_size, in_dims, args)
 
     torch.library.register_autograd(forward, backward_of_forward, setup_context=setup_forward)
     torch.library.register_autograd(backward, backward_of_backward, setup_context=setup_backward)
