@@ -5,11 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 import fusefeat
+import torch
 from fusefeat import _library
+from torch import Tensor
 
 
 def results(backend: str, dtype: torch.dtype, queries: int | None) -> list[Tensor]:
