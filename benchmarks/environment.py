@@ -18,7 +18,7 @@ _BUSY = 0.7
 
 def huge_pages() -> str:
     """Whether torch's own allocator asks for huge pages, "on" or "off". It reads the variable once."""
-    return "on" if os.environ.get(HUGE_PAGES, "0") not in ("", "0") else "off"
+    return "on" if os.environ.get(HUGE_PAGES) == "1" else "off"
 
 
 def _cpu_model() -> str:
@@ -61,7 +61,7 @@ def facts(device: torch.device, threads: int) -> dict[str, str]:
         "processor": f"{_cpu_model()}, {os.cpu_count()} CPUs, {threads} threads",
         "load": f"{load:.1f} before the run" + (": TIMES ARE NOT TO BE TRUSTED" if load > _BUSY else ""),
         "instructions": _isa(),
-        "huge pages": f"{peers}; kernel: {_kernel_huge_pages()}",
+        "huge pages": f"{peers}; fusefeat asks for them itself; kernel: {_kernel_huge_pages()}",
         "backends": "; ".join(
             f"{name}: {', '.join(backend.why_not(probe)) or 'available'}" for name, backend in backends.BACKENDS.items()
         ),

@@ -13,6 +13,7 @@ from .results import Row, Run
 
 _COLUMNS = ("", "contender", "ms", "spread", "x best peer", "GB/s", "GFLOP/s", "of floor", "peak MiB", "error")
 _MODE_NAMES = {"forward": "forward", "backward": "backward", "both": "fwd+bwd"}
+_FEW = 4  # so few measurements have no spread to speak of
 LEGEND = """\
 ms: median over interleaved rounds; spread: interquartile range over the median; x best peer: the fastest peer's time
 over this one's; GB/s, GFLOP/s: what any implementation must move and compute, over the time; of floor: the time of
@@ -35,7 +36,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         "",
         ("* " if row.kind == "ours" else "  ") + row.contender + (" (floor)" if row.kind == "floor" else ""),
         _number(row.median_ms, 4),
-        "" if row.spread is None else f"{row.spread:.0%}",
+        "" if row.spread is None or row.measurements < _FEW else f"{row.spread:.0%}",
         "" if row.speedup is None else f"{row.speedup:.2f}x",
         _number(row.gb_per_s),
         _number(row.gflop_per_s or None),
