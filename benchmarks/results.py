@@ -33,6 +33,7 @@ class Row:
     status: str = "ok"
     reason: str = ""
     median_ms: float | None = None
+    min_ms: float | None = None
     q1_ms: float | None = None
     q3_ms: float | None = None
     spread: float | None = None

@@ -109,6 +109,7 @@ def _slice(mode: str, bound: Bound, grad_out: Tensor, settings: Settings) -> tim
 def _fill(row: Row, times: list[float], work_bytes: int, work_flops: int) -> None:
     stats = timing.summarise(times)
     row.median_ms, row.q1_ms, row.q3_ms = stats.median * 1e3, stats.q1 * 1e3, stats.q3 * 1e3
+    row.min_ms = stats.least * 1e3
     row.spread, row.measurements = stats.spread, stats.count
     row.gb_per_s = work_bytes / stats.median / 1e9
     row.gflop_per_s = work_flops / stats.median / 1e9

@@ -18,8 +18,9 @@ Slice = Callable[[], list[float]]
 
 @dataclass(frozen=True)
 class Stats:
-    """Seconds: median and quartiles of so many measurements."""
+    """Seconds: least, median and quartiles of so many measurements."""
 
+    least: float
     median: float
     q1: float
     q3: float
@@ -32,13 +33,13 @@ class Stats:
 
 
 def summarise(times: list[float]) -> Stats:
-    """Median and inclusive quartiles."""
+    """Least, median and inclusive quartiles."""
     if not times:
         raise ValueError("no measurements to summarise")
     if len(times) == 1:
-        return Stats(times[0], times[0], times[0], 1)
+        return Stats(times[0], times[0], times[0], times[0], 1)
     q1, median, q3 = statistics.quantiles(times, n=4, method="inclusive")
-    return Stats(median, q1, q3, len(times))
+    return Stats(min(times), median, q1, q3, len(times))
 
 
 def interleaved(

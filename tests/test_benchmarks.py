@@ -54,9 +54,9 @@ def row(contender: str, kind: str, median_ms: float | None, **more: object) -> R
 
 def test_summary_of_times() -> None:
     stats = timing.summarise([5.0, 1.0, 2.0, 4.0, 3.0])
-    assert (stats.median, stats.q1, stats.q3, stats.count) == (3.0, 2.0, 4.0, 5)
+    assert (stats.least, stats.median, stats.q1, stats.q3, stats.count) == (1.0, 3.0, 2.0, 4.0, 5)
     assert stats.spread == pytest.approx(2 / 3)
-    assert timing.summarise([7.0]) == timing.Stats(7.0, 7.0, 7.0, 1)
+    assert timing.summarise([7.0]) == timing.Stats(7.0, 7.0, 7.0, 7.0, 1)
     with pytest.raises(ValueError, match="no measurements"):
         timing.summarise([])
 
