@@ -7,7 +7,7 @@ import dataclasses
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +23,13 @@ from benchmarks.results import OURS, Row, Run  # noqa: E402
 from benchmarks.runner import Settings, run_case  # noqa: E402
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _same_threads_afterwards() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 def quick_case(name: str = "quick-padded") -> Case:
@@ -160,7 +167,7 @@ def test_wrong_kernel_makes_the_command_fail(monkeypatch: pytest.MonkeyPatch, ca
     wrong = Contender(OURS, None, bind_with(lambda out: out * 1.001))
     case = dataclasses.replace(quick_case(), contenders=[wrong, *quick_case().contenders[1:2]])
     monkeypatch.setattr(attention_pool, "cases", lambda device, dtype, quick: [case])
-    assert cli.main(["--quick"]) == 1
+    assert cli.main(["--quick", "--threads", "1"]) == 1
     assert "failed the correctness gate" in capsys.readouterr().err
 
 
