@@ -25,7 +25,6 @@ from fusefeat.triton._launch import triton_operator, wrap_triton
 MAX_BLOCKS = 4096
 MIN_BLOCK_ITEMS = 64
 WEIGHTS_BLOCK = 512
-CHANNELS_HELD = tuning.FORWARD[-1][0]
 
 
 @dataclass(frozen=True)
@@ -87,6 +86,10 @@ class Pool:
 
     def cu_args(self) -> tuple[Any, ...]:
         return (self.x, 0) if self.cu_seqlens is None else (self.cu_seqlens, self.cu_seqlens.stride(0))
+
+    def config(self, table: tuning.Table, most: int | None = None) -> tuning.Config:
+        channels = self.channels if most is None else min(self.channels, most)
+        return tuning.pick(table, channels, self.queries, self.acc == torch.float64)
 
     def new(self, *shape: int) -> Tensor:
         return self.x.new_empty(shape, dtype=self.acc)
@@ -177,7 +180,7 @@ def _dots(
     """Scores and <x, grad_out>, [rows, queries] each, where a program cannot hold all channels."""
     scores = None if query is None else pool.new(*pool.per_token())
     dots = None if grad_out is None else pool.new(*pool.per_token())
-    config = tuning.pick(tuning.FORWARD, 512, pool.queries, pool.acc == torch.float64)
+    config = pool.config(tuning.FORWARD, 512)
     programs = _cdiv(pool.rows, config.block_t) * _cdiv(pool.queries, config.block_k)
     wrap_triton(pool_dots)[(programs,)](
         *pool.x_args(),
@@ -201,16 +204,14 @@ def _forward(
         out = pool.new(*pool.per_bag(pool.channels)).zero_()
         return out, pool.new(*pool.per_bag()).fill_(float("-inf")), weights
     out, lse = pool.new(*pool.per_bag(pool.channels)), pool.new(*pool.per_bag())
-    if query is not None and pool.channels > CHANNELS_HELD:
+    config = pool.config(tuning.FORWARD)
+    if query is not None and pool.channels > config.block_d:
         scores, _ = _dots(pool, query, scale, None)
         query = None
     if query is None:
-        # Channels are independent once scores are given: tiles of one warp.
-        config = tuning.pick(tuning.FORWARD, min(pool.channels, 512), pool.queries, pool.acc == torch.float64)
-        tiles = max(_cdiv(pool.channels, config.block_d), 1)
-    else:
-        config = tuning.pick(tuning.FORWARD, pool.channels, pool.queries, pool.acc == torch.float64)
-        tiles = 1
+        # Channels are independent once scores are given: small tiles.
+        config = pool.config(tuning.FORWARD, 512)
+    tiles = max(_cdiv(pool.channels, config.block_d), 1)
     carry_out = carry_lse = owner = out
     if pool.split:
         carry_out = pool.new(pool.blocks, pool.queries, pool.channels)
@@ -249,7 +250,7 @@ def _delta(pool: Pool, grad_out: Tensor, grad_weights: Tensor | None, out: Tenso
     ends = carry = out
     if grad_weights is not None:
         ends, carry = pool.new(*pool.per_bag()), pool.new(pool.blocks, pool.queries)
-        block_k = tuning.query_block(pool.queries)
+        block_k = pool.config(tuning.BACKWARD).block_k
         wrap_triton(pool_weight_dot)[(_cdiv(pool.queries, block_k), pool.blocks)](
             weights, grad_weights, *pool.score_strides(grad_weights), *pool.cu_args(), ends, carry,
             pool.bags, pool.tokens, pool.queries, pool.items, pool.block_items,
@@ -270,13 +271,12 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """grad_x, grad_scores and the per-block parts of grad_query; [0] for those not needed."""
     _check_backward(pool, grad_out, grad_weights, out, lse, weights)
-    wide = pool.acc == torch.float64
     grad_x = pool.x.new_empty(pool.x.shape if need_x else (0,))
     nothing = pool.new(0)
     grad_scores = nothing if scores is None or not need_scores else scores.new_empty(scores.shape)
     partial = pool.new(pool.blocks, pool.queries, pool.channels) if need_query else nothing
     needs_ds = need_scores or query is not None
-    config = tuning.pick(tuning.BACKWARD, pool.channels, pool.queries, wide)
+    config = pool.config(tuning.BACKWARD)
     query_blocks = _cdiv(pool.queries, config.block_k)
     dots = None
     if pool.channels > config.block_d and needs_ds:
