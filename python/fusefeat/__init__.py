@@ -1,0 +1,16 @@
+"""Fused feature-learning ops for PyTorch: attention softmax-pooling without the big intermediate tensors."""
+
+from ._version import __version__
+from . import functional, nn
+from .functional import attention_pool, softmax_pool
+from .nn import Attention, AttentionPool
+
+__all__ = [
+    "Attention",
+    "AttentionPool",
+    "__version__",
+    "attention_pool",
+    "functional",
+    "nn",
+    "softmax_pool",
+]

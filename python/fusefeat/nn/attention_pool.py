@@ -1,0 +1,97 @@
+"""The published attention layer, computed without its hidden sequence."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import checks
+from ..functional import _attention_pool
+from ..reference.attention_pool import NEG_INF, acc_dtype
+
+
+class AttentionPool(nn.Module):
+    r"""Attention pooling over tokens: q = linear_in(x), a = softmax_t(linear_out(q)), out = sum_t a_t q_t.
+
+    The layer is linear before and after its softmax, so the [B,T,hidden_size] tensor q is never computed:
+
+    .. math:: u = W_{in}^\top w_{out}, \qquad \text{out} = W_{in} \, \text{pool}(x, u) + b_{in}
+
+    with :func:`fusefeat.attention_pool`; outputs and gradients equal the written-out layer's to rounding. The bias
+    of ``linear_out`` shifts all scores of a bag alike and cancels in the softmax: its gradient is exactly 0.
+
+    Args:
+        input_size: channels D of the tokens.
+        hidden_size: channels of the result.
+        backend: as in :func:`fusefeat.attention_pool`.
+        device, dtype: of the parameters; their dtype must be that of the inputs or its accumulation type.
+
+    Attributes:
+        linear_in: ``Linear(input_size, hidden_size)``.
+        linear_out: ``Linear(hidden_size, 1)``.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        *,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        checks.positive_int("AttentionPool", "input_size", input_size)
+        checks.positive_int("AttentionPool", "hidden_size", hidden_size)
+        self.linear_in = nn.Linear(input_size, hidden_size, device=device, dtype=dtype)
+        self.linear_out = nn.Linear(hidden_size, 1, device=device, dtype=dtype)
+        self.backend = backend
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        return_weights: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Pool bags of tokens.
+
+        Args:
+            x: [B,T,input_size], or packed [S,input_size] with ``cu_seqlens``.
+            mask: [B,T] bool, True = keep.
+            cu_seqlens: [B+1] int32 or int64 offsets of packed bags.
+            return_weights: also return the attention weights, [B,T] or [S].
+
+        Returns:
+            [B,hidden_size] in the dtype of ``x``, 0 for a bag without a kept token; with ``return_weights`` a pair.
+        """
+        checks.tokens_and_layout("AttentionPool", "x", x, mask, cu_seqlens)
+        if x.shape[-1] != self.linear_in.in_features:
+            raise ValueError(
+                f"AttentionPool: x must have input_size = {self.linear_in.in_features} channels, got "
+                f"{checks.describe(x)}"
+            )
+        for name, parameter in self.named_parameters():
+            checks.dtype_of_or_acc("AttentionPool", name, parameter, "x", x)
+            checks.same_device("AttentionPool", name, parameter, "x", x)
+        acc = acc_dtype(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            weight_in = self.linear_in.weight.to(acc)
+            score = (self.linear_out.weight.to(acc) @ weight_in).squeeze(0)
+            if self.linear_out.bias is not None:
+                # Takes part in the graph, so that its gradient is 0 rather than None, and in nothing else.
+                never = torch.zeros((), dtype=torch.bool, device=x.device)
+                score = score + torch.where(never, self.linear_out.bias.to(acc), 0.0)
+            pooled, lse, weights = _attention_pool(x, score, mask, cu_seqlens, 1.0, return_weights, self.backend)
+            out = F.linear(pooled, weight_in)
+            if self.linear_in.bias is not None:
+                out = out + torch.where((lse != NEG_INF)[:, None], self.linear_in.bias.to(acc), 0.0)
+        out = out.to(x.dtype)
+        return (out, weights.to(x.dtype)) if return_weights else out
+
+    def extra_repr(self) -> str:
+        return f"input_size={self.linear_in.in_features}, hidden_size={self.linear_in.out_features}"
+
+
+Attention = AttentionPool

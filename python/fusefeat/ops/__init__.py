@@ -1,0 +1,1 @@
+"""Operators as PyTorch sees them: fake kernels, autograd formulas and vmap rules, a module per family."""
