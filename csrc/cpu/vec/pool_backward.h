@@ -55,8 +55,7 @@ size_t backward_scratch(const BackwardArgs& args) {
 template <typename A>
 inline A grad_weight_at(const BackwardArgs& args, int64_t bag, int64_t token, int64_t query) {
   const cpu::Strides& strides = args.grad_weights_strides;
-  return static_cast<const A*>(
-      args.grad_weights)[bag * strides.bag + token * strides.token + query * strides.inner];
+  return static_cast<const A*>(args.grad_weights)[bag * strides.bag + token * strides.token + query * strides.inner];
 }
 
 // Sum over tokens of weight times incoming gradient; where the weight is 0 the gradient does not count.
@@ -234,8 +233,7 @@ inline void backward_range(
             for (int64_t r = 0; r < block.count; ++r) scores[k * block.ld + r] *= scale;
           }
         } else if (needs_dots) {
-          dots<A>(
-              rows, block.padded(), scratch.vectors + num_queries, num_queries, channels, grad_dots, block.ld);
+          dots<A>(rows, block.padded(), scratch.vectors + num_queries, num_queries, channels, grad_dots, block.ld);
         }
         if (empty_query) {
           for (int64_t k = 0; k < num_queries; ++k) {

@@ -15,11 +15,11 @@ struct ForwardScratch {
 
   Arena arena;
   Block<T> block;
-  A* scores;             // [queries][ld], then exp(score - peak)
-  A *peak, *sum;         // [queries], of the bag so far
-  A* rescale;            // [queries], what a block's new peak does to the sums before it
-  const void** kept;     // rows of one query when queries drop different tokens
-  const A** queries;     // [queries] rows of the query
+  A* scores;          // [queries][ld], then exp(score - peak)
+  A *peak, *sum;      // [queries], of the bag so far
+  A* rescale;         // [queries], what a block's new peak does to the sums before it
+  const void** kept;  // rows of one query when queries drop different tokens
+  const A** queries;  // [queries] rows of the query
   A *base_pattern, *factor_pattern;
 
   ForwardScratch(const ForwardArgs& args, void* base) : arena{static_cast<char*>(base)}, block(args, arena) {
@@ -98,9 +98,8 @@ inline void forward_range(
   for (int64_t begin = range.begin; begin < range.end; begin += block.capacity) {
     const int64_t end = begin + block.capacity < range.end ? begin + block.capacity : range.end;
     block.list(args, bag, begin, end, scores);
-    A* weights = args.weights == nullptr
-                     ? nullptr
-                     : static_cast<A*>(args.weights) + token_index(args, bag, begin) * num_queries;
+    A* weights =
+        args.weights == nullptr ? nullptr : static_cast<A*>(args.weights) + token_index(args, bag, begin) * num_queries;
     if (block.count == 0) {
       if (weights != nullptr) fill(weights, (end - begin) * num_queries, -kInfinity<A>);
       continue;
@@ -120,8 +119,7 @@ inline void forward_range(
         for (int64_t k = 0; k < num_queries; ++k) {
           scratch.rescale[k] = softmax_step(scores + k * block.ld, block.count, scratch.peak[k], scratch.sum[k]);
         }
-        accumulate(
-            rows, block.count, scores, block.ld, first ? nullptr : scratch.rescale, num_queries, out, channels);
+        accumulate(rows, block.count, scores, block.ld, first ? nullptr : scratch.rescale, num_queries, out, channels);
       } else {
         // Every query on the rows it keeps: a dropped row must not be touched, 0 * inf is NaN.
         using Row = decltype(rows[0] + 0);

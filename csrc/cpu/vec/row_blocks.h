@@ -124,8 +124,8 @@ inline void accumulate_columns(
 // The rows of one block are added up on their own first, which keeps the rounding error of long bags low.
 template <typename A, typename T>
 inline void accumulate(
-    const T* const* rows, int64_t count, const A* coefficients, int64_t ld, const A* rescale, int64_t num_sums,
-    A* sums, int64_t channels) {
+    const T* const* rows, int64_t count, const A* coefficients, int64_t ld, const A* rescale, int64_t num_sums, A* sums,
+    int64_t channels) {
   constexpr int lanes = kLanes<A>;
   int64_t d = 0;
   while (d < channels) {
@@ -160,7 +160,8 @@ inline void combine_tile(
   }
   for (int64_t j = 0; j < num_vectors; ++j) {
     V v[kColumns];
-    for (int c = 0; c < kColumns; ++c) v[c] = kPart ? load_part(vectors[j] + d, rest) : load(vectors[j] + d + c * lanes);
+    for (int c = 0; c < kColumns; ++c)
+      v[c] = kPart ? load_part(vectors[j] + d, rest) : load(vectors[j] + d + c * lanes);
     for (int r = 0; r < kRows; ++r) {
       const V p = splat<A>(coefficients[j * ld + r]);
       for (int c = 0; c < kColumns; ++c) sum[r][c] = fma(v[c], p, sum[r][c]);
