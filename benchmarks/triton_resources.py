@@ -147,7 +147,7 @@ def run_pools(dtype: torch.dtype, channels: int, queries: int | None, packed: bo
 
 def all_cases(full: bool) -> list[tuple[Any, ...]]:
     """(dtype, channels, queries, packed, masked, extras, the architectures to compile for)."""
-    widths = [row.block_d for row in tuning.FORWARD[0]]
+    widths = [row.block_d for row in tuning.FORWARD.rows[0]]
     everything = (False, True)
     if full:
         dtypes = DTYPES.values()
