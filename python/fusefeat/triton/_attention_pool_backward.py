@@ -6,7 +6,6 @@ ds = p (dp - delta); grad_x = sum_k p grad_out + scale ds query; grad_query = sc
 
 import triton
 import triton.language as tl
-
 from fusefeat.triton._attention_pool_forward import (
     kept_tokens,
     load_scores,
@@ -14,7 +13,7 @@ from fusefeat.triton._attention_pool_forward import (
     load_vectors,
     weight_of,
 )
-from fusefeat.triton._partition import bag_rows, block_of_bag_start, cut_point
+from fusefeat.triton._partition import bag_rows, cut_point
 
 
 @triton.jit

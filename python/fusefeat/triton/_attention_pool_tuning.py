@@ -19,8 +19,31 @@ class Config(NamedTuple):
     num_warps: int
 
 
-# For 1, 2 and more queries; the first row that holds all channels serves, else the last.
-FORWARD = (
+def _for_float64(rows: tuple[Config, ...]) -> tuple[Config, ...]:
+    """Half the elements to a lane: half the tokens, and twice the warps where there may be as many."""
+    wide = []
+    for row in rows:
+        tokens = max(row.block_t // 2, 1)
+        if row.block_d < 256:
+            wide.append(row._replace(block_t=tokens))
+        elif row.num_warps <= 8:
+            wide.append(row._replace(block_t=tokens, num_warps=2 * row.num_warps))
+    return tuple(wide)
+
+
+class Table:
+    """Rows for one query, for two and for more; of those, the first that holds all channels serves, else the last."""
+
+    def __init__(self, *rows: tuple[Config, ...]) -> None:
+        self.rows = rows
+        self.float64_rows = tuple(_for_float64(some) for some in rows)
+
+    def pick(self, channels: int, queries: int, float64: bool) -> Config:
+        rows = (self.float64_rows if float64 else self.rows)[min(queries, 3) - 1]
+        return next((row for row in rows if channels <= row.block_d), rows[-1])
+
+
+FORWARD = Table(
     (
         Config(16, 1, 32, 1),
         Config(32, 1, 32, 1),
@@ -55,7 +78,7 @@ FORWARD = (
         Config(4096, 2, 2, 16),
     ),
 )
-BACKWARD = (
+BACKWARD = Table(
     (
         Config(16, 1, 32, 1),
         Config(32, 1, 32, 1),
@@ -90,24 +113,3 @@ BACKWARD = (
         Config(4096, 2, 1, 16),
     ),
 )
-Table = tuple[tuple[Config, ...], ...]
-
-
-def _for_float64(rows: tuple[Config, ...]) -> tuple[Config, ...]:
-    """Half the elements to a lane: half the tokens, then as many more warps as there may be."""
-    wide = []
-    for row in rows:
-        tokens = max(row.block_t // 2, 1)
-        if row.block_d < 256:
-            wide.append(row._replace(block_t=tokens))
-        elif row.num_warps <= 8:
-            wide.append(row._replace(block_t=tokens, num_warps=2 * row.num_warps))
-    return tuple(wide)
-
-
-FLOAT64 = {table: tuple(_for_float64(rows) for rows in table) for table in (FORWARD, BACKWARD)}
-
-
-def pick(table: Table, channels: int, queries: int, float64: bool) -> Config:
-    rows = (FLOAT64[table] if float64 else table)[min(queries, 3) - 1]
-    return next((row for row in rows if channels <= row.block_d), rows[-1])

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+
 from triton import knobs
 
 INTERPRETED: bool = knobs.runtime.interpret

@@ -6,6 +6,7 @@ Nothing here looks at a tensor's values, and sizes may be symbolic.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ class Pool:
     """Sizes and addressing of one call. Token strides and channels count `vec` elements."""
 
     x: Tensor
+    unused: Tensor  # stands for a tensor that is not given: tracing copies what a kernel might write to
     mask: Tensor | None
     cu_seqlens: Tensor | None
     bags: int
@@ -82,14 +84,14 @@ class Pool:
         return self.x, bag // self.vec, token // self.vec, self.x.stride(-1)
 
     def mask_args(self) -> tuple[Any, ...]:
-        return self.x if self.mask is None else self.mask, *self.token_strides(self.mask)
+        return self.unused if self.mask is None else self.mask, *self.token_strides(self.mask)
 
     def cu_args(self) -> tuple[Any, ...]:
-        return (self.x, 0) if self.cu_seqlens is None else (self.cu_seqlens, self.cu_seqlens.stride(0))
+        return (self.unused, 0) if self.cu_seqlens is None else (self.cu_seqlens, self.cu_seqlens.stride(0))
 
     def config(self, table: tuning.Table, most: int | None = None) -> tuning.Config:
         channels = self.channels if most is None else min(self.channels, most)
-        return tuning.pick(table, channels, self.queries, self.acc == torch.float64)
+        return table.pick(channels, self.queries, self.acc == torch.float64)
 
     def new(self, *shape: int) -> Tensor:
         return self.x.new_empty(shape, dtype=self.acc)
@@ -110,9 +112,7 @@ def _make_pool(
 ) -> Pool:
     torch._check(x.dim() == (3 if cu_seqlens is None else 2), lambda: "fusefeat: tokens must be [B,T,D] or [S,D]")
     acc = torch.float64 if x.dtype == torch.float64 else torch.float32
-    torch._check(
-        minor.dtype in (x.dtype, acc) and minor.device == x.device, lambda: f"fusefeat: {name}: wrong dtype or device"
-    )
+    torch._check(minor.dtype in (x.dtype, acc) and minor.device == x.device, partial(_wrong, name))
     if cu_seqlens is None:
         bags, tokens = x.shape[0], x.shape[1]
         rows = bags * tokens
@@ -134,7 +134,7 @@ def _make_pool(
     items = rows + bags
     # A piece costs queries x channels of scratch: at least so many tokens that scratch stays below 1/8 of x.
     least = max(MIN_BLOCK_ITEMS, 32 * queries // x.element_size())
-    block_items = torch.sym_max(least, _cdiv(items, MAX_BLOCKS))
+    block_items: Any = torch.sym_max(least, _cdiv(items, MAX_BLOCKS))
     if cu_seqlens is None and tokens + 1 <= least:
         # Short bags of one length: whole ones only.
         block_items = block_items // (tokens + 1) * (tokens + 1)
@@ -143,7 +143,7 @@ def _make_pool(
         split = items > block_items
     blocks = _cdiv(items, block_items)
     return Pool(
-        x, mask, cu_seqlens, bags, tokens, rows, x.shape[-1], queries, query_axis, _vector_width(x),
+        x, x.new_empty(0), mask, cu_seqlens, bags, tokens, rows, x.shape[-1], queries, query_axis, _vector_width(x),
         items, block_items, blocks, split,
     )  # fmt: skip
 
@@ -184,10 +184,10 @@ def _dots(
     programs = _cdiv(pool.rows, config.block_t) * _cdiv(pool.queries, config.block_k)
     wrap_triton(pool_dots)[(programs,)](
         *pool.x_args(),
-        *((pool.x, 0, 0) if query is None else _query_args(query)),
-        *((pool.x, 0, 0, 0) if grad_out is None else (grad_out, *pool.vector_strides(grad_out))),
+        *((pool.unused, 0, 0) if query is None else _query_args(query)),
+        *((pool.unused, 0, 0, 0) if grad_out is None else (grad_out, *pool.vector_strides(grad_out))),
         *pool.mask_args(), *pool.cu_args(),
-        pool.x if scores is None else scores, pool.x if dots is None else dots,
+        pool.unused if scores is None else scores, pool.unused if dots is None else dots,
         pool.bags, pool.tokens, pool.rows, pool.channels // pool.vec, pool.queries, scale,
         PACKED=pool.packed, HAS_QUERY=query is not None, HAS_GRAD=grad_out is not None,
         HAS_MASK=pool.mask is not None, VEC=pool.vec, BLOCK_T=config.block_t, BLOCK_K=config.block_k,
@@ -202,7 +202,7 @@ def _forward(
     weights = pool.new(*pool.per_token()) if need_weights else pool.new(0)
     if pool.empty:
         out = pool.new(*pool.per_bag(pool.channels)).zero_()
-        return out, pool.new(*pool.per_bag()).fill_(float("-inf")), weights
+        return out, pool.new(*pool.per_bag()).fill_(float("-inf")), weights.zero_()
     out, lse = pool.new(*pool.per_bag(pool.channels)), pool.new(*pool.per_bag())
     config = pool.config(tuning.FORWARD)
     if query is not None and pool.channels > config.block_d:
@@ -212,7 +212,7 @@ def _forward(
         # Channels are independent once scores are given: small tiles.
         config = pool.config(tuning.FORWARD, 512)
     tiles = max(_cdiv(pool.channels, config.block_d), 1)
-    carry_out = carry_lse = owner = out
+    carry_out = carry_lse = owner = pool.unused
     if pool.split:
         carry_out = pool.new(pool.blocks, pool.queries, pool.channels)
         carry_lse = pool.new(2, pool.blocks, pool.queries)
@@ -220,10 +220,10 @@ def _forward(
     store_raw = need_weights and query is not None
     wrap_triton(pool_forward)[(tiles * _cdiv(pool.queries, config.block_k), pool.blocks)](
         *pool.x_args(),
-        *((pool.x, 0, 0) if query is None else _query_args(query)),
-        pool.x if scores is None else scores, *pool.score_strides(scores),
+        *((pool.unused, 0, 0) if query is None else _query_args(query)),
+        pool.unused if scores is None else scores, *pool.score_strides(scores),
         *pool.mask_args(), *pool.cu_args(),
-        out, lse, weights if store_raw else out, carry_out, carry_lse, owner,
+        out, lse, weights if store_raw else pool.unused, carry_out, carry_lse, owner,
         pool.bags, pool.tokens, pool.channels // pool.vec, pool.queries, scale, pool.items, pool.block_items,
         PACKED=pool.packed, HAS_QUERY=query is not None, HAS_MASK=pool.mask is not None, STORE_RAW=store_raw,
         SPLIT=pool.split, VEC=pool.vec, BLOCK_T=config.block_t, BLOCK_K=config.block_k, BLOCK_D=config.block_d,
@@ -247,7 +247,7 @@ def _forward(
 
 def _delta(pool: Pool, grad_out: Tensor, grad_weights: Tensor | None, out: Tensor, weights: Tensor) -> Tensor:
     """<grad_out, out> + sum_t weights * grad_weights, per bag and query."""
-    ends = carry = out
+    ends = carry = pool.unused
     if grad_weights is not None:
         ends, carry = pool.new(*pool.per_bag()), pool.new(pool.blocks, pool.queries)
         block_k = pool.config(tuning.BACKWARD).block_k
@@ -272,9 +272,8 @@ def _backward(
     """grad_x, grad_scores and the per-block parts of grad_query; [0] for those not needed."""
     _check_backward(pool, grad_out, grad_weights, out, lse, weights)
     grad_x = pool.x.new_empty(pool.x.shape if need_x else (0,))
-    nothing = pool.new(0)
-    grad_scores = nothing if scores is None or not need_scores else scores.new_empty(scores.shape)
-    partial = pool.new(pool.blocks, pool.queries, pool.channels) if need_query else nothing
+    grad_scores = pool.unused if scores is None or not need_scores else scores.new_empty(scores.shape)
+    partials = pool.new(pool.blocks, pool.queries, pool.channels) if need_query else pool.unused
     needs_ds = need_scores or query is not None
     config = pool.config(tuning.BACKWARD)
     query_blocks = _cdiv(pool.queries, config.block_k)
@@ -290,13 +289,13 @@ def _backward(
         tiles = max(_cdiv(pool.channels, config.block_d), 1)
         wrap_triton(pool_backward)[(tiles * (1 if all_queries else query_blocks), pool.blocks)](
             grad_out, *pool.vector_strides(grad_out),
-            pool.x if grad_weights is None else grad_weights, *pool.score_strides(grad_weights),
+            pool.unused if grad_weights is None else grad_weights, *pool.score_strides(grad_weights),
             *pool.x_args(),
-            *((pool.x, 0, 0) if query is None else _query_args(query)),
-            pool.x if scores is None else scores, *pool.score_strides(scores),
+            *((pool.unused, 0, 0) if query is None else _query_args(query)),
+            pool.unused if scores is None else scores, *pool.score_strides(scores),
             *pool.mask_args(), *pool.cu_args(),
-            out, lse, out if delta is None else delta, out if dots is None else dots,
-            grad_x, grad_scores, partial,
+            out, lse, pool.unused if delta is None else delta, pool.unused if dots is None else dots,
+            grad_x, grad_scores, partials,
             pool.bags, pool.tokens, pool.channels // pool.vec, pool.queries, scale, pool.items, pool.block_items,
             PACKED=pool.packed, HAS_QUERY=query is not None, HAS_SCORES=scores is not None, HAS_DOTS=dots is not None,
             HAS_MASK=pool.mask is not None, HAS_GRAD_WEIGHTS=grad_weights is not None, HAS_DELTA=delta is not None,
@@ -313,7 +312,11 @@ def _backward(
             launch(True, need_x, need_scores, False)
         if need_query:
             launch(False, False, False, True)
-    return grad_x, grad_scores, partial
+    return grad_x, grad_scores, partials
+
+
+def _wrong(name: str) -> str:
+    return f"fusefeat: {name}: wrong shape, dtype or device"
 
 
 def _check_backward(
@@ -326,7 +329,7 @@ def _check_backward(
     for name, tensor, shape in wanted:
         torch._check(
             tensor.shape == shape and tensor.dtype == pool.acc and tensor.device == pool.x.device,
-            lambda name=name: f"fusefeat: {name}: wrong shape, dtype or device",
+            partial(_wrong, name),
         )
 
 
@@ -352,7 +355,7 @@ def attention_pool_backward(
     if not (need_grad_x or need_grad_query):
         return x.new_empty(0), no_query
     scaled, kernel_scale = _scaled(query, scale)
-    grad_x, _, partial = _backward(
+    grad_x, _, partials = _backward(
         pool, grad_out, grad_weights, scaled, None, kernel_scale, out.contiguous(), lse.contiguous(),
         weights.contiguous(), need_grad_x, False, need_grad_query,
     )  # fmt: skip
@@ -361,7 +364,7 @@ def attention_pool_backward(
     grad_query = query.new_empty(query.shape)
     width = pool.queries * pool.channels
     wrap_triton(sum_partials)[(max(_cdiv(width, 64), 1),)](
-        partial, grad_query, pool.blocks, width, BLOCK_S=64, BLOCK_D=64, num_warps=8
+        partials, grad_query, pool.blocks, width, BLOCK_S=64, BLOCK_D=64, num_warps=8
     )
     return grad_x, grad_query * scale if query.dtype == torch.float64 else grad_query
 
