@@ -234,7 +234,7 @@ Tensor delta_of(
   return delta;
 }
 
-// With more queries than the backward pass keeps sums for: sum_t ds_tk x_t in a pass of its own.
+// With many queries the sums over ds_tk x_t would not fit the backward pass: a pass of their own.
 template <typename T, Access kAccess>
 Tensor query_sums(const Pool& pool, const Tensor& grad_scores, int64_t& count) {
   const PoolSizes& sizes = pool.sizes;
@@ -311,7 +311,6 @@ Gradients backward(
     args.delta = delta.const_data_ptr();
     with_access<T>(pool.packs(), sizes.queries > 1, [&](auto access) {
       constexpr Access kAccess = decltype(access)::value;
-      using Traits = PoolTraits<T, kAccess>;
       args.plan = pool.plan<T, kAccess>();
 
       // Rows too long for one team: their products come first, then slices of the channels.
@@ -336,13 +335,13 @@ Gradients backward(
       args.query = pool.query_rows(*query);
       QueryGradArgs sums;
       Tensor parts, grad_scores;
-      const bool separate = sizes.queries > Traits::kQueries;
+      const bool separate = sizes.queries > 1;
       if (need_other && separate) {
         grad_scores = pool.scratch(sizes.per_token());
         args.grad_scores = grad_scores.mutable_data_ptr();
         args.grad_scores_in_acc = true;
       } else if (need_other) {
-        parts = pool.scratch({args.plan.blocks, sizes.queries, args.plan.padded_channels});
+        parts = pool.scratch({args.plan.blocks, args.plan.padded_channels});
         args.grad_query = parts.mutable_data_ptr();
         sums.count = args.plan.blocks;
         sums.row_channels = args.plan.padded_channels;

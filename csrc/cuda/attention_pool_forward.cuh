@@ -101,7 +101,7 @@ struct PoolState {
 #pragma unroll
       for (int p = 0; p < Traits::kPacks; ++p) {
         if (map.has(p)) {
-          store_channels<Traits::kPack>(slots.row(slot, query0 + k) + map.channel(p), sum[k] + p * Traits::kPack);
+          store_channels<Traits::kPack>(slots.row(slot, query0 + k) + map.base + map.channel(p), sum[k] + p * Traits::kPack);
         }
       }
     }
@@ -118,7 +118,7 @@ struct PoolState {
       raise_peak(k, greater_of(peak[k], other_peak));
       const A factor = rescale(other_peak, peak[k]);
       total[k] += factor * other_total;
-      const A* row = slots.row(slot, query0 + k);
+      const A* row = slots.row(slot, query0 + k) + map.base;
 #pragma unroll
       for (int p = 0; p < Traits::kPacks; ++p) {
         if (!map.has(p)) continue;
@@ -130,11 +130,12 @@ struct PoolState {
 
   // The bag's results: 0 and -inf when no token was kept.
   __device__ __forceinline__ void finish(
-      const ForwardArgs& args, int64_t bag, int64_t query0, const ChannelMap<Traits>& map, bool first_thread) {
+      const ForwardArgs& args, int64_t bag, int64_t query0, int64_t queries, const ChannelMap<Traits>& map,
+      bool first_thread) {
 #pragma unroll
     for (int k = 0; k < Traits::kQueries; ++k) {
-      if (query0 + k >= args.queries) break;
-      const int64_t row = bag * args.queries + query0 + k;
+      if (query0 + k >= queries) break;
+      const int64_t row = bag * queries + query0 + k;
       if (!args.plain_sum) {
         if (first_thread && blockIdx.y == 0) {
           static_cast<A*>(args.lse)[row] = total[k] == A(0) ? neg_inf<A>() : peak[k] + log_of(total[k]);
@@ -147,7 +148,7 @@ struct PoolState {
       for (int p = 0; p < Traits::kPacks; ++p) {
         if (!map.has(p)) continue;
         store_channels<Traits::kPack>(
-            static_cast<A*>(args.out) + row * args.channels + map.channel(p), sum[k] + p * Traits::kPack);
+            static_cast<A*>(args.out) + row * args.channels + map.base + map.channel(p), sum[k] + p * Traits::kPack);
       }
     }
   }
@@ -189,99 +190,105 @@ __global__ void __launch_bounds__(Traits::kMaxThreads) pool_forward(const Forwar
   const Team team(plan.team);
   const ChannelMap<Traits> map(team, args.channels);
   // Queries vary fastest: blocks that read the same tokens run together and find them in cache.
-  const int64_t block = blockIdx.x / plan.query_blocks;
-  const int64_t query0 = blockIdx.x % plan.query_blocks * kQueries;
+  constexpr bool kOne = Traits::kAccess == Access::kOne;
+  const int64_t queries = kOne ? 1 : args.queries;
+  const int64_t block = kOne ? blockIdx.x : blockIdx.x / plan.query_blocks;
+  const int64_t query0 = kOne ? 0 : static_cast<int64_t>(blockIdx.x % plan.query_blocks) * kQueries;
   const int worker = plan.workers > 1 ? threadIdx.x / kWarp : 0;
   const bool first_thread = team.row == 0 && team.lane == 0;
-  const auto limit = [&](int64_t token) { return token < bags.tokens ? token : bags.tokens; };
   const int64_t block_first = block * plan.block_tokens;
-  const int64_t block_last = limit(block_first + plan.block_tokens);
-  const auto worker_first = [&](int w) { return limit(block_first + w * plan.worker_tokens); };
-  const int64_t first = worker_first(worker), last = worker_first(worker + 1);
+  const auto worker_first = [&](int w) { return bags.limit(block_first + w * plan.worker_tokens); };
 
-  write_empty_bags<Traits>(args, block, query0);
+  if (bags.offsets != nullptr || bags.tokens == 0) write_empty_bags<Traits>(args, block, query0);
 
   const SlotArray<A> block_slots{
-      static_cast<A*>(args.slot_stats), static_cast<A*>(args.slot_sums), args.queries, plan.padded_channels};
-  const SlotArray<A> worker_slots{
-      shared, shared + plan.workers * kSlots * kQueries * 2, kQueries, plan.padded_channels};
+      static_cast<A*>(args.slot_stats), static_cast<A*>(args.slot_sums), queries, plan.padded_channels};
+  const SharedLayout<Traits> layout(plan, false);
+  const SlotArray<A> worker_slots{shared + layout.stats, shared + layout.sums, kQueries, plan.padded_channels};
+  int64_t* worker_bags = reinterpret_cast<int64_t*>(shared + layout.bags) + worker * kSlots;
   if (threadIdx.x == 0 && query0 == 0 && blockIdx.y == 0) args.crossing[block] = -1;
   if (first_thread) {
     for (int slot = 0; slot < kSlots; ++slot) {
+      if (plan.workers > 1) worker_bags[slot] = -1;
       for (int k = 0; k < kQueries; ++k) {
         if (plan.workers > 1) worker_slots.stat(worker * kSlots + slot, k)[1] = 0;
-        if (worker == 0 && blockIdx.y == 0 && query0 + k < args.queries) {
+        if (worker == 0 && blockIdx.y == 0 && query0 + k < queries) {
           block_slots.stat(block * kSlots + slot, query0 + k)[1] = 0;
         }
       }
     }
   }
 
-  A query[kQueries][Traits::kChannels];
+  constexpr bool kShared = kAttention && Traits::kAccess == Access::kMany;
+  A query[Traits::kChannels];
   if constexpr (kAttention) {
-#pragma unroll
     for (int k = 0; k < kQueries; ++k) {
       // A query past the last one repeats it: its results are not stored.
-      const int64_t row = query0 + k < args.queries ? query0 + k : args.queries - 1;
-      load_query<Traits>(query[k], args.query, row, map);
+      const int64_t row = query0 + k < queries ? query0 + k : queries - 1;
+      load_query<Traits>(query, args.query, row * args.channels + map.base, map);
+      if (kShared && static_cast<int>(threadIdx.x) < team.size) share_query<Traits>(shared + layout.query, query, k, team);
     }
+    if (kShared) __syncthreads();
   }
 
   PoolState<Traits> state;
   int turn = 0;
-  int64_t head_end = -1, tail_bag = -1, tail_end = -1;
 
+  const int64_t first = worker_first(worker);
   bags.walk(
-      first, last,
-      [&](int64_t bag, int64_t begin, int64_t stop) {
+      first, static_cast<int>(worker_first(worker + 1) - first),
+      [&](int64_t bag, int begin, int stop) {
         state.reset(args.plain_sum);
-        const int step = kRows * team.count;
-        for (int64_t base = begin; base < stop; base += step) {
+        const T* tokens = static_cast<const T*>(args.tokens.data) + args.tokens.layout.row(bags, bag, first) +
+                          map.base * args.tokens.layout.inner;
+        if constexpr (!kAttention && kQueries == 1) tokens += query0 * args.tokens.query;
+        const bool* mask = args.mask.data;
+        if (mask != nullptr) mask += args.mask.layout.row(bags, bag, first);
+        const int64_t scores = kAttention ? 0 : args.scores.layout.row(bags, bag, first);
+
+        for (int base = begin + team.row; base - team.row < stop; base += kRows * team.count) {
           bool keep[kRows];
           Pack<T, Traits::kPack> packs[kRows][Traits::kPacks];
           A score[kRows * kQueries];
 #pragma unroll
           for (int r = 0; r < kRows; ++r) {
-            const int64_t token = base + r * team.count + team.row;
-            keep[r] = token < stop && args.mask.keeps(bags, bag, token);
+            const int i = base + r * team.count;
+            keep[r] = i < stop && (mask == nullptr || mask[i * args.mask.layout.token]);
           }
 #pragma unroll
           for (int r = 0; r < kRows; ++r) {
-            const int64_t token = base + r * team.count + team.row;
-            int64_t row = args.tokens.layout.row(bags, bag, token);
-            if constexpr (!kAttention && kQueries == 1) row += query0 * args.tokens.query;
-            load_token<Traits>(packs[r], args.tokens, row, keep[r], map);
-            if constexpr (!kAttention) {
-              const int64_t at = args.scores.layout.row(bags, bag, token) + query0 * args.scores.layout.inner;
-#pragma unroll
-              for (int k = 0; k < kQueries; ++k) {
-                const bool wanted = keep[r] && query0 + k < args.queries;
-                score[r * kQueries + k] =
-                    wanted ? load_either<T>(args.scores.data, at + k * args.scores.layout.inner, args.scores.in_acc)
-                           : A(0);
-              }
-            }
+            const int i = base + r * team.count;
+            load_token<Traits>(packs[r], tokens + i * args.tokens.layout.token, args.tokens.layout.inner, keep[r], map);
           }
           if constexpr (kAttention) {
 #pragma unroll
-            for (int r = 0; r < kRows; ++r) {
+            for (int k = 0; k < kQueries; ++k) {
+              if constexpr (kShared) shared_query<Traits>(query, shared + layout.query, k, team);
 #pragma unroll
-              for (int k = 0; k < kQueries; ++k) score[r * kQueries + k] = partial_dot<Traits>(packs[r], query[k]);
+              for (int r = 0; r < kRows; ++r) score[r * kQueries + k] = partial_dot<Traits>(packs[r], query);
             }
-            team.sum(score, shared, turn);
+            team.sum(score, shared + layout.exchange, turn);
 #pragma unroll
-            for (int i = 0; i < kRows * kQueries; ++i) score[i] *= static_cast<A>(args.scale);
+            for (int r = 0; r < kRows; ++r) forget_packs<Traits>(packs[r]);
           }
 #pragma unroll
           for (int r = 0; r < kRows; ++r) {
+            const int i = base + r * team.count;
 #pragma unroll
             for (int k = 0; k < kQueries; ++k) {
               A& s = score[r * kQueries + k];
-              if (!keep[r] || (args.plain_sum && s == A(0))) s = neg_inf<A>();
+              const bool exists = query0 + k < queries;
               if constexpr (kAttention) {
-                const int64_t token = base + r * team.count + team.row;
-                if (args.keep_scores != nullptr && team.lane == 0 && token < stop && query0 + k < args.queries) {
-                  static_cast<A*>(args.keep_scores)[token * args.queries + query0 + k] = s;
+                s = keep[r] ? s * static_cast<A>(args.scale) : neg_inf<A>();
+                if (args.keep_scores != nullptr && team.lane == 0 && i < stop && exists) {
+                  static_cast<A*>(args.keep_scores)[(first + i) * queries + query0 + k] = s;
+                }
+              } else {
+                s = neg_inf<A>();
+                if (keep[r] && exists) {
+                  const int64_t at = scores + i * args.scores.layout.token + (query0 + k) * args.scores.layout.inner;
+                  s = load_either<T>(args.scores.data, at, args.scores.in_acc);
+                  if (args.plain_sum && s == A(0)) s = neg_inf<A>();
                 }
               }
             }
@@ -306,56 +313,54 @@ __global__ void __launch_bounds__(Traits::kMaxThreads) pool_forward(const Forwar
               if (!args.plain_sum) state.total[k] += weight;
 #pragma unroll
               for (int c = 0; c < Traits::kChannels; ++c) {
-                state.sum[k][c] += weight * static_cast<A>(packs[r][c / Traits::kPack].at[c % Traits::kPack]);
+                state.sum[k][c] += weight * packs[r][c / Traits::kPack].get(c % Traits::kPack);
               }
             }
           }
         }
         state.merge_teams(team);
 
-        const int64_t bag_start = bags.start(bag), bag_end = bags.end(bag);
-        if (bag_start >= first && bag_end <= last) {
-          if (team.row == 0) state.finish(args, bag, query0, map, first_thread);
+        const bool inside = bags.start(bag) >= first;
+        if (inside && bags.end(bag) <= worker_first(worker + 1)) {
+          if (team.row == 0) state.finish(args, bag, query0, queries, map, first_thread);
           return;
         }
-        const SlotKind kind = bag_start < first ? kHead : kTail;
-        if (kind == kHead) head_end = bag_end;
-        if (kind == kTail) tail_bag = bag, tail_end = bag_end;
         if (team.row != 0) return;
+        const SlotKind kind = inside ? kTail : kHead;
         if (plan.workers > 1) {
+          if (first_thread) worker_bags[kind] = bag;
           state.store(worker_slots, worker * kSlots + kind, 0, kQueries, map, first_thread);
         } else {
-          state.store(block_slots, block * kSlots + kind, query0, args.queries, map, first_thread && blockIdx.y == 0);
+          if (first_thread && inside && query0 == 0 && blockIdx.y == 0) args.crossing[block] = bag;
+          state.store(block_slots, block * kSlots + kind, query0, queries, map, first_thread && blockIdx.y == 0);
         }
       },
-      [](int64_t, int64_t) {});
+      [](int, int) {});
 
-  if (plan.workers > 1) {
-    __syncthreads();
-    // The worker in whose range a bag begins merges it; worker 0 also the bag that came in.
-    const auto merge = [&](SlotKind kind, int64_t end) {
-      state.reset(args.plain_sum);
-      state.absorb(worker_slots, worker * kSlots + kind, 0, kQueries, map);
-      for (int next = worker + 1; next < plan.workers && worker_first(next) < end; ++next) {
-        state.absorb(worker_slots, next * kSlots + kHead, 0, kQueries, map);
-      }
-    };
-    if (team.row != 0) return;
-    if (worker == 0 && head_end >= 0) {
-      merge(kHead, head_end);
-      state.store(block_slots, block * kSlots + kHead, query0, args.queries, map, first_thread);
+  if (plan.workers == 1) return;
+  __syncthreads();
+  if (team.row != 0) return;
+  // The worker in whose range a bag begins merges it; worker 0 also the bag that came in.
+  const auto merge = [&](SlotKind kind, int64_t bag) {
+    state.reset(args.plain_sum);
+    state.absorb(worker_slots, worker * kSlots + kind, 0, kQueries, map);
+    for (int next = worker + 1; next < plan.workers && worker_first(next) < bags.end(bag); ++next) {
+      state.absorb(worker_slots, next * kSlots + kHead, 0, kQueries, map);
     }
-    if (tail_bag >= 0) {
-      merge(kTail, tail_end);
-      if (tail_end <= block_last) {
-        state.finish(args, tail_bag, query0, map, first_thread);
-        tail_bag = -1;
-      } else {
-        state.store(block_slots, block * kSlots + kTail, query0, args.queries, map, first_thread);
-      }
-    }
+  };
+  if (worker == 0 && worker_bags[kHead] >= 0) {
+    merge(kHead, worker_bags[kHead]);
+    state.store(block_slots, block * kSlots + kHead, query0, queries, map, first_thread);
   }
-  if (tail_bag >= 0 && first_thread && query0 == 0 && blockIdx.y == 0) args.crossing[block] = tail_bag;
+  const int64_t bag = worker_bags[kTail];
+  if (bag < 0) return;
+  merge(kTail, bag);
+  if (bags.end(bag) <= worker_first(plan.workers)) {
+    state.finish(args, bag, query0, queries, map, first_thread);
+  } else {
+    state.store(block_slots, block * kSlots + kTail, query0, queries, map, first_thread);
+    if (first_thread && query0 == 0) args.crossing[block] = bag;
+  }
 }
 
 }  // namespace fusefeat::cuda

@@ -21,12 +21,12 @@ struct PoolTraits {
   static constexpr Access kAccess = kAccess_;
   static constexpr int kPack = kAccess == Access::kAny ? 1 : 16 / static_cast<int>(sizeof(T));
   static constexpr int kQueries = kAccess == Access::kMany ? 4 : 1;
-  static constexpr int kChannels = kAccess == Access::kOne ? 16 : 8;
+  static constexpr int kChannels = kAccess == Access::kOne ? 16 : sizeof(T) == 8 ? 4 : 8;
   static constexpr int kPacks = kChannels / kPack;
   static constexpr int kRows = kAccess == Access::kOne && sizeof(T) == 2 ? 4 : 2;
-  static constexpr int kBackwardRows = 2;
+  static constexpr int kBackwardRows = kAccess == Access::kMany || kRows == 4 ? 2 : 1;
   static constexpr int kThreads = kAccess == Access::kMany ? 128 : 256;  // of a block whose teams fit into a warp
-  static constexpr int kMaxThreads = 512;                                // of a block that is one team
+  static constexpr int kMaxThreads = kAccess == Access::kMany ? 256 : 512;  // of a block that is one team
   static constexpr int kMaxChannels = kMaxThreads * kChannels;
 
   static_assert(kChannels % kPack == 0, "threads own whole packs");
@@ -41,7 +41,7 @@ struct PoolPlan {
   int64_t worker_tokens = 1;
   int64_t block_tokens = 1;
   int64_t blocks = 1;
-  int64_t query_blocks = 1;
+  unsigned query_blocks = 1;
   int64_t slices = 1;  // of the channels, when a row is too long for one team
   int64_t slice_channels = 0;
   int64_t padded_channels = 0;  // whole packs: partial sums are always stored by packs
@@ -59,7 +59,7 @@ PoolPlan plan_pool(int64_t tokens, int64_t channels, int64_t queries) {
   const bool wide = plan.team > kWarp;
   plan.threads = wide ? plan.team : Traits::kThreads;
   plan.workers = wide ? 1 : plan.threads / kWarp;
-  plan.query_blocks = divide_up(queries, Traits::kQueries);
+  plan.query_blocks = static_cast<unsigned>(divide_up(queries, Traits::kQueries));
 
   // About 8192 warps of work when there is enough of it, but at least 4 and at most 64 steps for
   // each; more per block when there are many queries, to bound the partial sums by 1/16 of x.
@@ -73,19 +73,38 @@ PoolPlan plan_pool(int64_t tokens, int64_t channels, int64_t queries) {
   return plan;
 }
 
-// Shared memory of both passes: slots of the workers' partial states, or the exchange of Team::sum.
+// Shared memory of both passes, in elements of the accumulation type. Forward: slots of the
+// workers' partial states and the bags they belong to. Backward: the workers' sums for the query.
+// Blocks of one team have the exchange of Team::sum instead. Then come the queries of kMany.
 template <typename Traits>
-size_t forward_shared_bytes(const PoolPlan& plan) {
-  const int64_t slots = 2 * plan.workers * Traits::kQueries * (2 + plan.padded_channels);
-  const int64_t exchange = 2 * (plan.team / kWarp) * Traits::kRows * Traits::kQueries;
-  return sizeof(typename Traits::A) * (plan.workers > 1 ? slots : exchange);
-}
+struct SharedLayout {
+  using A = typename Traits::A;
+  int bags = 0, stats = 0, sums = 0, exchange = 0, query = 0, size = 0;
+
+  __host__ __device__ SharedLayout(const PoolPlan& plan, bool backward) {
+    constexpr int kStep = 16 / sizeof(A);
+    const int channels = plan.padded_channels;
+    const auto take = [&](int count) {
+      const int at = size;
+      size += (count + kStep - 1) / kStep * kStep;
+      return at;
+    };
+    if (plan.workers == 1) {
+      exchange = take(2 * (plan.team / kWarp) * (backward ? 2 * Traits::kBackwardRows : Traits::kRows) * Traits::kQueries);
+    } else if (backward) {
+      sums = take(plan.workers * channels);
+    } else {
+      bags = take(2 * plan.workers * static_cast<int>(sizeof(int64_t) / sizeof(A)));
+      stats = take(2 * plan.workers * Traits::kQueries * 2);
+      sums = take(2 * plan.workers * Traits::kQueries * channels);
+    }
+    query = Traits::kAccess == Access::kMany && !backward ? take(Traits::kQueries * plan.team * Traits::kChannels) : 0;
+  }
+};
 
 template <typename Traits>
-size_t backward_shared_bytes(const PoolPlan& plan) {
-  const int64_t sums = plan.workers * Traits::kQueries * plan.padded_channels;
-  const int64_t exchange = 2 * (plan.team / kWarp) * 2 * Traits::kBackwardRows * Traits::kQueries;
-  return sizeof(typename Traits::A) * (plan.workers > 1 ? sums : exchange);
+size_t shared_bytes(const PoolPlan& plan, bool backward) {
+  return SharedLayout<Traits>(plan, backward).size * sizeof(typename Traits::A);
 }
 
 struct TokenRows {
@@ -106,60 +125,89 @@ struct ScoreRows {
   bool in_acc = false;
 };
 
-// A thread's packs lie a team's width apart, so that a team reads consecutive bytes.
+// The channels of this thread, within the block's slice of them. A thread's packs lie a team's
+// width apart, so that a team reads consecutive bytes.
 template <typename Traits>
 struct ChannelMap {
-  int first, stride;
-  int64_t channels;
+  int first, stride, count;
+  int64_t base;  // of the slice
 
-  __device__ ChannelMap(const Team& team, int64_t channels_)
-      : first(team.lane * Traits::kPack), stride(team.size * Traits::kPack), channels(channels_) {}
-  __device__ __forceinline__ int64_t channel(int pack) const {
-    return static_cast<int64_t>(blockIdx.y) * Traits::kMaxChannels + first + pack * stride;
+  __device__ ChannelMap(const Team& team, int64_t channels)
+      : first(team.lane * Traits::kPack),
+        stride(team.size * Traits::kPack),
+        base(static_cast<int64_t>(blockIdx.y) * Traits::kMaxChannels) {
+    const int64_t left = channels - base;
+    count = left < Traits::kMaxChannels ? static_cast<int>(left) : Traits::kMaxChannels;
   }
-  __device__ __forceinline__ bool has(int pack) const { return channel(pack) < channels; }
+  __device__ __forceinline__ int channel(int pack) const { return first + pack * stride; }
+  __device__ __forceinline__ bool has(int pack) const { return channel(pack) < count; }
 };
 
 // This thread's channels of one row of queries or output gradients, in the accumulation type.
 template <typename Traits, typename Row>
 __device__ __forceinline__ void load_channels(
-    typename Traits::A* channels, const Row* rows, int64_t row, const ChannelMap<Traits>& map) {
+    typename Traits::A* channels, const Row* row, const ChannelMap<Traits>& map) {
 #pragma unroll
   for (int p = 0; p < Traits::kPacks; ++p) {
-    Pack<Row, Traits::kPack> pack = zero_pack<Row, Traits::kPack>();
-    if (map.has(p)) pack = load_pack<Traits::kPack>(rows + row * map.channels + map.channel(p));
+    Pack<Row, Traits::kPack> pack;
+    pack.clear();
+    if (map.has(p)) pack = load_pack<Traits::kPack>(row + map.channel(p));
 #pragma unroll
     for (int i = 0; i < Traits::kPack; ++i) {
-      channels[p * Traits::kPack + i] = static_cast<typename Traits::A>(pack.at[i]);
+      channels[p * Traits::kPack + i] = pack.get(i);
     }
   }
 }
 
 template <typename Traits>
 __device__ __forceinline__ void load_query(
-    typename Traits::A* channels, const QueryRows& rows, int64_t row, const ChannelMap<Traits>& map) {
+    typename Traits::A* channels, const QueryRows& rows, int64_t at, const ChannelMap<Traits>& map) {
   if (rows.in_acc) {
-    load_channels<Traits>(channels, static_cast<const typename Traits::A*>(rows.data), row, map);
+    load_channels<Traits>(channels, static_cast<const typename Traits::A*>(rows.data) + at, map);
   } else {
-    load_channels<Traits>(channels, static_cast<const typename Traits::T*>(rows.data), row, map);
+    load_channels<Traits>(channels, static_cast<const typename Traits::T*>(rows.data) + at, map);
+  }
+}
+
+// kMany keeps its queries in shared memory, by 16 bytes per thread so that banks do not conflict.
+template <typename Traits>
+__device__ __forceinline__ void share_query(typename Traits::A* shared, const typename Traits::A* query, int k, const Team& team) {
+  constexpr int kStep = 16 / sizeof(typename Traits::A);
+#pragma unroll
+  for (int c = 0; c < Traits::kChannels; c += kStep) {
+    store_channels<kStep>(shared + ((k * Traits::kChannels + c) * team.size + team.lane * kStep), query + c);
+  }
+}
+
+template <typename Traits>
+__device__ __forceinline__ void shared_query(typename Traits::A* query, const typename Traits::A* shared, int k, const Team& team) {
+  constexpr int kStep = 16 / sizeof(typename Traits::A);
+#pragma unroll
+  for (int c = 0; c < Traits::kChannels; c += kStep) {
+    const auto* from = shared + ((k * Traits::kChannels + c) * team.size + team.lane * kStep);
+#pragma unroll
+    for (int i = 0; i < kStep; ++i) query[c + i] = from[i];
   }
 }
 
 // This thread's channels of one token, as stored; 0 when it is not to be read.
 template <typename Traits>
 __device__ __forceinline__ void load_token(
-    Pack<typename Traits::T, Traits::kPack> (&packs)[Traits::kPacks], const TokenRows& rows, int64_t row, bool keep,
+    Pack<typename Traits::T, Traits::kPack> (&packs)[Traits::kPacks], const typename Traits::T* row, int64_t inner, bool keep,
     const ChannelMap<Traits>& map) {
-  using T = typename Traits::T;
-  const T* from = static_cast<const T*>(rows.data) + row;
 #pragma unroll
   for (int p = 0; p < Traits::kPacks; ++p) {
-    packs[p] = zero_pack<T, Traits::kPack>();
+    packs[p].clear();
     if (keep && map.has(p)) {
-      const int64_t channel = map.channel(p);
-      packs[p] = load_pack<Traits::kPack>(from + (Traits::kPack > 1 ? channel : channel * rows.layout.inner));
+      packs[p] = load_pack<Traits::kPack>(row + (Traits::kPack > 1 ? map.channel(p) : map.channel(p) * inner));
     }
   }
+}
+
+template <typename Traits>
+__device__ __forceinline__ void forget_packs(Pack<typename Traits::T, Traits::kPack> (&packs)[Traits::kPacks]) {
+#pragma unroll
+  for (int p = 0; p < Traits::kPacks; ++p) packs[p].forget();
 }
 
 // <token, query> over this thread's channels.
@@ -171,7 +219,7 @@ __device__ __forceinline__ typename Traits::A partial_dot(
 #pragma unroll
   for (int p = 0; p < Traits::kPacks; ++p) {
 #pragma unroll
-    for (int i = 0; i < Traits::kPack; ++i) sum += static_cast<A>(packs[p].at[i]) * query[p * Traits::kPack + i];
+    for (int i = 0; i < Traits::kPack; ++i) sum += packs[p].get(i) * query[p * Traits::kPack + i];
   }
   return sum;
 }

@@ -26,6 +26,9 @@ struct Bags {
   __device__ __forceinline__ int64_t start(int64_t bag) const { return offset(bag); }
   __device__ __forceinline__ int64_t end(int64_t bag) const { return offset(bag + 1); }
 
+  // A worker's share of `length` tokens from `first` on.
+  __device__ __forceinline__ int64_t limit(int64_t token) const { return token < tokens ? token : tokens; }
+
   // The number of bags that end at or before `token`; the whole warp asks for the same token, and
   // each lane probes one place. The loop ends for unsorted offsets too.
   __device__ __forceinline__ int64_t ended_by(int64_t token) const {
@@ -43,28 +46,32 @@ struct Bags {
     return low;
   }
 
-  // Calls segment(bag, begin, end) for the part of each non-empty bag within [first, last), and
-  // gap(begin, end) for tokens outside of all bags: every token exactly once, in order.
+  // Calls segment(bag, begin, end) for the part of each non-empty bag within [first, first + count),
+  // and gap(begin, end) for tokens outside of all bags: every token exactly once, in order. begin
+  // and end count from first; 32 bits hold them, which saves the kernels registers.
   template <typename Segment, typename Gap>
-  __device__ __forceinline__ void walk(int64_t first, int64_t last, Segment segment, Gap gap) const {
-    int64_t token = first;
-    int64_t bag = token < last ? ended_by(token) : count;
-    while (token < last) {
-      const int64_t begin = bag < count ? start(bag) : last;
+  __device__ __forceinline__ void walk(int64_t first, int length, Segment segment, Gap gap) const {
+    const auto within = [&](int64_t token) {
+      return token >= first + length ? length : token > first ? static_cast<int>(token - first) : 0;
+    };
+    int token = 0;
+    int64_t bag = length > 0 ? ended_by(first) : count;
+    while (token < length) {
+      const int begin = bag < count ? within(start(bag)) : length;
       if (begin > token) {
-        gap(token, begin < last ? begin : last);
+        gap(token, begin);
         token = begin;
-        if (token >= last) break;
+        if (token == length) break;
       }
-      const int64_t stop = end(bag) < last ? end(bag) : last;
+      const int stop = within(end(bag));
       if (stop > token) {
         segment(bag, token, stop);
         token = stop;
       }
       ++bag;
       // Empty bags may come in thousands: search for the end of the run instead of stepping.
-      if (bag < count && token < last && end(bag) <= token) {
-        const int64_t next = ended_by(token);
+      if (bag < count && token < length && within(end(bag)) <= token) {
+        const int64_t next = ended_by(first + token);
         bag = next > bag ? next : bag + 1;
       }
     }

@@ -17,18 +17,46 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 template <typename T>
 using AccOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// Elements that are next to each other, moved by 16-byte accesses when they are that many.
+// Elements that are next to each other, moved by 16-byte accesses when they are that many. Half
+// types stay in 32-bit words: as single elements each would take a register.
 template <typename T, int kCount>
 struct Pack {
-  T at[kCount];
-};
+  static constexpr bool kHalves = sizeof(T) == 2 && kCount % 2 == 0;
+  static constexpr int kWords = kHalves ? kCount / 2 : kCount;
+  using Word = std::conditional_t<kHalves, uint32_t, T>;
+  Word words[kWords];
 
-template <typename T, int kCount>
-__device__ __forceinline__ Pack<T, kCount> zero_pack() {
-  Pack<T, kCount> pack;
-  memset(&pack, 0, sizeof(pack));
-  return pack;
-}
+  __device__ __forceinline__ AccOf<T> get(int i) const {
+    if constexpr (kHalves) {
+      return static_cast<float>(T(static_cast<uint16_t>(words[i / 2] >> (i % 2 * 16)), T::from_bits()));
+    } else {
+      return static_cast<AccOf<T>>(words[i]);
+    }
+  }
+  // In order of i.
+  __device__ __forceinline__ void set(int i, AccOf<T> value) {
+    if constexpr (kHalves) {
+      const uint32_t bits = T(value).x;
+      words[i / 2] = i % 2 == 0 ? bits : words[i / 2] | bits << 16;
+    } else {
+      words[i] = static_cast<T>(value);
+    }
+  }
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) words[i] = Word(0);
+  }
+  // Hides from the compiler that the elements have not changed. It would otherwise keep those that
+  // are converted twice in their wider type, and run out of registers.
+  __device__ __forceinline__ void forget() {
+#ifdef __CUDA_ARCH__
+    if constexpr (kHalves) {
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) asm volatile("" : "+r"(words[i]));
+    }
+#endif
+  }
+};
 
 // Read-only data of this launch.
 template <int kCount, typename T>
@@ -41,7 +69,7 @@ __device__ __forceinline__ Pack<T, kCount> load_pack(const T* from) {
     memcpy(&pack, raw, sizeof(pack));
   } else {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) pack.at[i] = from[i];
+    for (int i = 0; i < kCount; ++i) pack.set(i, static_cast<AccOf<T>>(from[i]));
   }
   return pack;
 }
@@ -55,7 +83,7 @@ __device__ __forceinline__ void store_pack(T* to, const Pack<T, kCount>& pack) {
     for (size_t i = 0; i < sizeof(pack) / 16; ++i) reinterpret_cast<uint4*>(to)[i] = raw[i];
   } else {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) to[i] = pack.at[i];
+    for (int i = 0; i < kCount; ++i) to[i] = static_cast<T>(pack.get(i));
   }
 }
 
@@ -63,7 +91,7 @@ template <int kCount, typename A>
 __device__ __forceinline__ void store_channels(A* to, const A* channels) {
   Pack<A, kCount> pack;
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) pack.at[i] = channels[i];
+  for (int i = 0; i < kCount; ++i) pack.set(i, channels[i]);
   store_pack(to, pack);
 }
 
