@@ -81,10 +81,13 @@ T shuffle(WarpOp op, unsigned mask, T value, int argument, int width) {
 
 }  // namespace cuda_on_cpu
 
-inline void __syncthreads() { cuda_on_cpu::scheduler().barrier(0); }
-inline int __syncthreads_count(int flag) { return cuda_on_cpu::scheduler().barrier(flag); }
-inline int __syncthreads_or(int flag) { return cuda_on_cpu::scheduler().barrier(flag) != 0; }
-inline int __syncthreads_and(int flag) { return cuda_on_cpu::scheduler().barrier(!flag) == 0; }
+// The line tells barriers apart: all threads of a block must be at the same one.
+inline void __syncthreads(int line = __builtin_LINE()) { cuda_on_cpu::scheduler().barrier(0, line); }
+inline int __syncthreads_count(int flag, int line = __builtin_LINE()) {
+  return cuda_on_cpu::scheduler().barrier(flag, line);
+}
+inline int __syncthreads_or(int flag, int line = __builtin_LINE()) { return __syncthreads_count(flag, line) != 0; }
+inline int __syncthreads_and(int flag, int line = __builtin_LINE()) { return __syncthreads_count(!flag, line) == 0; }
 
 inline void __syncwarp(unsigned mask = 0xffffffffu) {
   cuda_on_cpu::scheduler().warp(cuda_on_cpu::WarpOp::kSync, mask, 0, 0, 32);

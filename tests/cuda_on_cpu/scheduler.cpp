@@ -29,7 +29,7 @@ struct Fiber {
   bool cancelled = false;
   std::unique_ptr<unsigned char[]> stack{new unsigned char[kStackBytes]};
   // What it waits for, and what it gets.
-  int flag = 0, count = 0;
+  int flag = 0, line = 0, count = 0;
   WarpOp op = WarpOp::kSync;
   unsigned mask = 0;
   uint64_t value = 0, result = 0;
@@ -93,7 +93,8 @@ void Scheduler::pause() {
   if (fiber->cancelled) throw Unwind();
 }
 
-int Scheduler::barrier(int flag) {
+int Scheduler::barrier(int flag, int line) {
+  running_->line = line;
   running_->flag = flag != 0;
   running_->state = Fiber::State::kBarrier;
   Fiber* fiber = running_;
@@ -124,12 +125,16 @@ void* Scheduler::static_shared(const void* key, size_t bytes) {
 
 // Threads that have returned no longer take part.
 bool Scheduler::release_barrier() {
-  int waiting = 0, count = 0;
+  int waiting = 0, count = 0, line = 0;
   for (int i = 0; i < threads_; ++i) {
     const Fiber& fiber = *fibers_[i];
     if (fiber.state == Fiber::State::kDone) continue;
     if (fiber.state != Fiber::State::kBarrier) return false;
-    ++waiting;
+    if (waiting++ > 0 && fiber.line != line) {
+      fail("threads of a block are at different barriers");
+      return false;
+    }
+    line = fiber.line;
     count += fiber.flag;
   }
   if (waiting == 0) return false;
@@ -142,12 +147,16 @@ bool Scheduler::release_barrier() {
   return true;
 }
 
-bool Scheduler::release_warps() {
-  bool released = false;
-  for (int first = 0; first < threads_; first += kWarp) {
-    released |= release_warp(first, std::min(kWarp, threads_ - first));
+// Every thread that can go on does, up to where it waits.
+bool Scheduler::run_warp(int first, int count) {
+  bool progress = false;
+  for (int i = 0; i < count; ++i) {
+    Fiber& fiber = *fibers_[first + (reverse_ ? count - 1 - i : i)];
+    if (fiber.state != Fiber::State::kReady || !failure_.empty()) continue;
+    resume(fiber);
+    progress = true;
   }
-  return released;
+  return progress;
 }
 
 bool Scheduler::release_warp(int first, int count) {
@@ -224,13 +233,12 @@ void Scheduler::run_block(const std::function<void()>& kernel) {
   }
   while (failure_.empty()) {
     bool progress = false;
-    for (int i = 0; i < threads_; ++i) {
-      Fiber& fiber = *fibers_[reverse_ ? threads_ - 1 - i : i];
-      if (fiber.state != Fiber::State::kReady) continue;
-      resume(fiber);
-      progress = true;
+    const int warps = (threads_ + kWarp - 1) / kWarp;
+    for (int w = 0; w < warps; ++w) {
+      const int first = (reverse_ ? warps - 1 - w : w) * kWarp;
+      const int count = std::min(kWarp, threads_ - first);
+      while (run_warp(first, count) || release_warp(first, count)) progress = true;
     }
-    progress |= release_warps();
     progress |= release_barrier();
     if (progress) continue;
     const bool done = std::all_of(fibers_.begin(), fibers_.begin() + threads_, [](const auto& fiber) {

@@ -1,10 +1,12 @@
 // Fibers for the threads of one CUDA block, with what shows faults that a CPU would hide:
 // - shared memory is filled with NaN before every block, and guarded against writes past its end;
-// - fibers run one at a time as far as they get, in forward or (reverse order set) backward order,
-//   so that a missing barrier gives a wrong result in one of the two;
-// - threads of a block that wait for each other at different places are an error, not a hang;
+// - a warp runs as far as it gets before the next one starts, and so do its threads, in ascending or
+//   (when set) descending order, so that a missing barrier gives a wrong result in one of the two;
+// - threads of a block that wait for each other at different places are an error, not a hang; threads
+//   that have returned are not waited for;
 // - warp operations whose lanes disagree on the operation or its mask, or name a lane that has
-//   returned, are errors.
+//   returned, are errors; a shuffle from a lane outside the mask gives NaN;
+// - misaligned 16-byte loads and launches outside a GPU's limits are errors.
 #pragma once
 
 #include <cstddef>
@@ -41,7 +43,7 @@ class Scheduler {
   const Index& thread_index() const;
   void* static_shared(const void* key, size_t bytes);
   void* dynamic_shared() { return dynamic_.data(); }
-  int barrier(int flag);  // how many threads came with a flag that is not 0
+  int barrier(int flag, int line);  // how many threads came with a flag that is not 0
   uint64_t warp(WarpOp op, unsigned mask, uint64_t value, int argument, int width);
   void check(bool good, const char* what);
 
@@ -55,7 +57,7 @@ class Scheduler {
   void resume(Fiber& fiber);
   void pause();
   bool release_barrier();
-  bool release_warps();
+  bool run_warp(int first, int count);
   bool release_warp(int first, int count);
   void fail(const std::string& what);
   static void enter();
