@@ -15,7 +15,7 @@ void launch_forward(const ForwardArgs& args, cudaStream_t stream) {
   const dim3 grid(plan.blocks * plan.query_blocks, plan.slices);
   LAUNCH((pool_forward<Traits, kAttention>), grid, plan.threads, shared_bytes<Traits>(plan, false), stream, args);
   if (plan.blocks > 1) {
-    const int64_t tiles = std::max<int64_t>(divide_up(args.channels, kWarp), 1);
+    const int64_t tiles = column_tiles(args.channels);
     LAUNCH((combine_blocks<A>), plan.blocks * args.queries * tiles, kColumnWarps * kWarp, 0, stream, args);
   }
 }
@@ -48,7 +48,7 @@ void launch_delta(
 
 template <typename T>
 void launch_query_grads(const QueryGradArgs& args, cudaStream_t stream) {
-  const int64_t tiles = std::max<int64_t>(divide_up(args.channels, kWarp), 1);
+  const int64_t tiles = column_tiles(args.channels);
   LAUNCH((sum_query_grads<T>), args.queries * tiles, kColumnWarps * kWarp, 0, stream, args);
 }
 

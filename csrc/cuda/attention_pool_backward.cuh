@@ -29,7 +29,7 @@ struct BackwardArgs {
 };
 
 template <typename Traits, bool kAttention>
-__global__ void __launch_bounds__(Traits::kMaxThreads) pool_backward(const BackwardArgs args) {
+__global__ void __launch_bounds__(Traits::kMaxThreads, 1) pool_backward(const BackwardArgs args) {
   using T = typename Traits::T;
   using A = typename Traits::A;
   constexpr int kQueries = Traits::kQueries, kRows = Traits::kBackwardRows, kChannels = Traits::kChannels;

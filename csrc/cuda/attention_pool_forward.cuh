@@ -179,7 +179,7 @@ __device__ __forceinline__ void write_empty_bags(const ForwardArgs& args, int64_
 
 // kAttention: scores are scale * <token, query>; otherwise they are read.
 template <typename Traits, bool kAttention>
-__global__ void __launch_bounds__(Traits::kMaxThreads) pool_forward(const ForwardArgs args) {
+__global__ void __launch_bounds__(Traits::kMaxThreads, 1) pool_forward(const ForwardArgs args) {
   using T = typename Traits::T;
   using A = typename Traits::A;
   constexpr int kQueries = Traits::kQueries, kRows = Traits::kRows;

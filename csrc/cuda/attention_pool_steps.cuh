@@ -8,6 +8,10 @@ namespace fusefeat::cuda {
 // Blocks of the kernels that add up many rows: lanes hold columns, warps take rows in turn.
 constexpr int kColumnWarps = 16;
 
+__host__ __device__ inline int64_t column_tiles(int64_t channels) {
+  return channels > 0 ? divide_up(channels, kWarp) : 1;
+}
+
 // Sums one value per warp in warp order; the first warp gets the result.
 template <typename A>
 __device__ __forceinline__ A sum_of_warps(A value, A* shared) {
@@ -24,9 +28,9 @@ __device__ __forceinline__ A sum_of_warps(A value, A* shared) {
 
 // Finishes the bags that cross blocks: one block per (token block, query, 32 channels).
 template <typename A>
-__global__ void __launch_bounds__(kColumnWarps* kWarp) combine_blocks(const ForwardArgs args) {
+__global__ void __launch_bounds__(kColumnWarps* kWarp, 1) combine_blocks(const ForwardArgs args) {
   SHARED_ARRAY(A, shared, kColumnWarps * kWarp);
-  const int64_t tiles = divide_up(args.channels, kWarp);
+  const int64_t tiles = column_tiles(args.channels);
   const int64_t tile = blockIdx.x % tiles, query = blockIdx.x / tiles % args.queries;
   const int64_t block = blockIdx.x / tiles / args.queries;
   const int64_t bag = args.crossing[block];
@@ -85,7 +89,7 @@ struct WeightArgs {
 
 // exp(score - lse), or 0 for a token that is masked, of no bag, or has a score of -inf.
 template <typename T>
-__global__ void __launch_bounds__(kRowThreads) pool_weights(const WeightArgs args) {
+__global__ void __launch_bounds__(kRowThreads, 1) pool_weights(const WeightArgs args) {
   using A = AccOf<T>;
   const int64_t token = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x;
   const int64_t last_token = args.bags.tokens - 1;
@@ -137,7 +141,7 @@ struct RowDotArgs {
 
 // scale * <token, row> for rows of channels too long for one team; a warp per token.
 template <typename T>
-__global__ void __launch_bounds__(kRowThreads) row_dots(const RowDotArgs args) {
+__global__ void __launch_bounds__(kRowThreads, 1) row_dots(const RowDotArgs args) {
   using A = AccOf<T>;
   const int64_t token = static_cast<int64_t>(blockIdx.x) * (kRowThreads / kWarp) + threadIdx.x / kWarp;
   if (token >= args.bags.tokens) return;
@@ -159,7 +163,7 @@ __global__ void __launch_bounds__(kRowThreads) row_dots(const RowDotArgs args) {
 // The backward's constant per bag and query: <grad_out, out> + sum of weight * grad_weight, the
 // latter given. A warp per row.
 template <typename A>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, 1)
     pool_delta(const A* grad_out, const A* out, const A* weighted, A* delta, int64_t rows, int64_t channels) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (kRowThreads / kWarp) + threadIdx.x / kWarp;
   if (row >= rows) return;
@@ -178,10 +182,10 @@ struct QueryGradArgs {
 
 // The query's gradient from those of the token blocks: a block per (query, 32 channels).
 template <typename T>
-__global__ void __launch_bounds__(kColumnWarps* kWarp) sum_query_grads(const QueryGradArgs args) {
+__global__ void __launch_bounds__(kColumnWarps* kWarp, 1) sum_query_grads(const QueryGradArgs args) {
   using A = AccOf<T>;
   SHARED_ARRAY(A, shared, kColumnWarps * kWarp);
-  const int64_t tiles = divide_up(args.channels, kWarp);
+  const int64_t tiles = column_tiles(args.channels);
   const int64_t query = blockIdx.x / tiles, channel = blockIdx.x % tiles * kWarp + threadIdx.x % kWarp;
   const A* column = static_cast<const A*>(args.parts) + query * args.row_channels + channel;
   A sum = 0;
