@@ -37,8 +37,8 @@ def find_torch() -> ModuleType:
         import torch
     except ImportError:
         raise SystemExit(
-            "fusefeat: torch is needed to build. Either `pip install .`, which fetches its own, or install torch before "
-            "`pip install . --no-build-isolation`."
+            "fusefeat: torch is needed to build. Either `pip install .`, which fetches its own for the build, "
+            "or install torch before `pip install . --no-build-isolation`."
         ) from None
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < TORCH_TARGET:
         raise SystemExit(f"fusefeat: torch >= {dotted(TORCH_TARGET)} is needed to build, found {torch.__version__}")
@@ -161,6 +161,12 @@ def cmake_variables(torch: ModuleType) -> dict[str, str]:
     return variables
 
 
+def execute(command: list[str]) -> None:
+    code = subprocess.run(command).returncode
+    if code:
+        raise SystemExit(f"fusefeat: the build failed, see above ({Path(command[0]).name} gave exit status {code})")
+
+
 class CMakeBuild(build_ext):
     """One build of all libraries, installed into the package: that of the source tree when editable."""
 
@@ -175,15 +181,18 @@ class CMakeBuild(build_ext):
         variables |= cmake_variables(torch)
         command = [cmake, "-S", str(ROOT), "-B", str(build_dir), "-G", "Ninja"]
         command += [f"-D{name}={value}" for name, value in variables.items()]
-        cache = build_dir / "CMakeCache.txt"
-        if cache.exists() and f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT}\n" not in cache.read_text():
-            command.append("--fresh")  # the source tree was moved
-        subprocess.run(command, check=True)
-        subprocess.run([cmake, "--build", str(build_dir), "-j", str(jobs())], check=True)
+        # CMake cannot change these in a directory that has been configured before.
+        fixed = f"{ROOT}\n{variables.get('CMAKE_CUDA_COMPILER', '')}\n{os.environ.get('CXX', '')}\n"
+        stamp = build_dir / "configured.txt"
+        if not stamp.exists() or stamp.read_text() != fixed:
+            command.append("--fresh")
+        execute(command)
+        stamp.write_text(fixed)
+        execute([cmake, "--build", str(build_dir), "-j", str(jobs())])
         for pattern in ("libfusefeat_*.so", f"_C.{sys.implementation.cache_tag}*.so"):
             for old in self.package_dir().glob(pattern):
                 old.unlink()  # not overwritten: a process may have it mapped
-        subprocess.run([cmake, "--install", str(build_dir), "--prefix", str(self.package_dir()), "--strip"], check=True)
+        execute([cmake, "--install", str(build_dir), "--prefix", str(self.package_dir()), "--strip"])
 
     def in_source_tree(self) -> bool:
         return bool(self.inplace or self.editable_mode)

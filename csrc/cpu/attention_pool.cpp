@@ -131,14 +131,14 @@ std::tuple<Tensor, Tensor, Tensor> forward(
     const PoolArgs& inputs, const PoolSizes& sizes, const Tensor& x, bool need_weights) {
   const auto acc = acc_type(x.scalar_type());
   Tensor out = new_tensor(x, sizes.per_bag(true), acc);
-  Tensor lse = new_tensor(x, sizes.per_bag(false), acc);
+  Tensor lse = new_tensor(x, sizes.per_bag(false), ScalarType::Double);
   Tensor weights = new_or_none(x, need_weights, sizes.per_token(), acc);
 
   ForwardArgs args{inputs};
   const PoolKernels& kernels = kernels_for(x.scalar_type());
   const PoolPartition partition(args, static_cast<int64_t>(x.element_size()));
   args.out = out.mutable_data_ptr();
-  args.lse = lse.mutable_data_ptr();
+  args.lse = static_cast<double*>(lse.mutable_data_ptr());
   args.weights = need_weights && weights.numel() > 0 ? weights.mutable_data_ptr() : nullptr;
   if (args.weights != nullptr && !partition.covers) torch::stable::zero_(weights);
 
@@ -201,7 +201,7 @@ void backward(
   const Tensor dense_out = make_contiguous(out), dense_lse = make_contiguous(lse);
   const Tensor dense_weights = make_contiguous(weights);
   args.out = dense_out.const_data_ptr();
-  args.lse = dense_lse.const_data_ptr();
+  args.lse = static_cast<const double*>(dense_lse.const_data_ptr());
   args.grad_out = grad_out.const_data_ptr();
   args.grad_out_strides = {
       grad_out.stride(0), sizes.query_axis ? grad_out.stride(1) : 0, grad_out.stride(grad_out.dim() - 1)};

@@ -48,7 +48,7 @@ struct PoolArgs {
 
 struct ForwardArgs : PoolArgs {
   void* out = nullptr;
-  void* lse = nullptr;
+  double* lse = nullptr;
   void* weights = nullptr;  // or null
   // Per part: running maximum, sum and unnormalised result; per split bag: the combined maximum and sum.
   void* part_peak = nullptr;
@@ -64,7 +64,7 @@ struct BackwardArgs : PoolArgs {
   const void* grad_weights = nullptr;  // acc, or null
   Strides grad_weights_strides = {};
   const void* out = nullptr;
-  const void* lse = nullptr;
+  const double* lse = nullptr;
   const void* weights = nullptr;
   void* grad_x = nullptr;  // or null
   bool stream_grad_x = false;

@@ -84,7 +84,9 @@ def _load_cuda(info: dict[str, Any]) -> str:
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is without CUDA"
     if torch.version.cuda.split(".")[0] != info["cuda"].split(".")[0]:
-        return f"the library was built with CUDA {info['cuda']}, torch {torch.__version__} uses CUDA {torch.version.cuda}"
+        return (
+            f"the library was built with CUDA {info['cuda']}, torch {torch.__version__} uses CUDA {torch.version.cuda}"
+        )
     return _load_library("cuda")
 
 

@@ -59,7 +59,7 @@ def finite_number(function: str, name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{function}: {name} must be a real number, got {describe(value)}")
     number = float(value)
-    if not math.isfinite(number):
+    if not -math.inf < number < math.inf:
         raise ValueError(f"{function}: {name} must be finite, got {describe(value)}")
     return number
 
@@ -131,7 +131,7 @@ def tokens_and_layout(function: str, name: str, x: Any, mask: Any, cu_seqlens: A
 def query(function: str, value: Any, x: Tensor) -> None:
     floating(function, "query", value)
     channels = x.shape[-1]
-    if value.dim() not in (1, 2) or value.shape[-1] != channels or value.shape[0] == 0 and value.dim() == 2:
+    if value.dim() not in (1, 2) or value.shape[-1] != channels or (value.shape[0] == 0 and value.dim() == 2):
         raise ValueError(
             f"{function}: query must be [D] or [K,D] with D = {channels} (as in x) and K >= 1, got {describe(value)}"
         )
@@ -155,7 +155,7 @@ def scores(function: str, value: Any, values: Tensor) -> None:
 def no_forward_mode(function: str, backend: str, *tensors: Tensor) -> None:
     """Kernels have no forward-mode derivative; dropping the tangent in silence would be a wrong number."""
     level = torch.autograd.forward_ad
-    if level._current_level < 0:
+    if level._current_level < 0 or torch.compiler.is_compiling():  # compiled transforms run plain PyTorch
         return
     for value in tensors:
         if level.unpack_dual(value).tangent is not None:

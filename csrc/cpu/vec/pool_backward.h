@@ -116,11 +116,13 @@ inline void start_bag(const BackwardArgs& args, BackwardScratch<T>& scratch, con
 
 // Products become coefficients; a dropped score has both 0.
 template <typename A>
-inline void coefficients(A* scores, A* dots, int64_t count, A lse, A delta, A scale) {
+inline void coefficients(A* scores, A* dots, int64_t count, double lse, A delta, A scale) {
   using V = VecOf<A>;
+  // The difference of near numbers is exact, and the rest of lse follows.
+  const A high = static_cast<A>(lse), low = static_cast<A>(lse - static_cast<double>(high));
   for (int64_t i = 0; i < count; i += kLanes<A>) {
     const V score = load(scores + i);
-    const V p = score == -kInfinity<A> ? V{} : exp_lanes<A>(score - lse);
+    const V p = score == -kInfinity<A> ? V{} : exp_lanes<A>(score - high - low);
     const V ds = p * (load(dots + i) - delta) * scale;
     store(scores + i, score == -kInfinity<A> ? V{} : ds);
     store(dots + i, p);
@@ -205,12 +207,12 @@ inline void backward_range(
   using A = typename AccOf<T>::type;
   const int64_t num_queries = args.queries, channels = args.channels;
   Block<T>& block = scratch.block;
-  const A* lse = static_cast<const A*>(args.lse) + bag * num_queries;
+  const double* lse = args.lse + bag * num_queries;
   A *scores = scratch.products, *grad_dots = scratch.products + num_queries * block.ld;
   const bool attention = args.query != nullptr;
   const bool needs_dots = attention || args.grad_scores != nullptr;
   bool empty_query = false;
-  for (int64_t k = 0; k < num_queries; ++k) empty_query |= lse[k] == -kInfinity<A>;
+  for (int64_t k = 0; k < num_queries; ++k) empty_query |= lse[k] == -kInfinity<double>;
 
   for (int64_t begin = range.begin; begin < range.end; begin += block.capacity) {
     const int64_t end = begin + block.capacity < range.end ? begin + block.capacity : range.end;
@@ -230,7 +232,7 @@ inline void backward_range(
         }
         if (empty_query) {
           for (int64_t k = 0; k < num_queries; ++k) {
-            if (lse[k] == -kInfinity<A>) fill(scores + k * block.ld, block.count, -kInfinity<A>);
+            if (lse[k] == -kInfinity<double>) fill(scores + k * block.ld, block.count, -kInfinity<A>);
           }
         }
         const bool may_drop = attention || num_queries > 1 || empty_query;

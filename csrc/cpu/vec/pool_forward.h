@@ -180,9 +180,10 @@ inline void normalise(
   }
 }
 
+// In double: a float near a large peak would leave exp(score - lse) with an error of the peak's rounding.
 template <typename A>
-inline A log_sum(A peak, A sum) {
-  return sum == 0 ? -kInfinity<A> : peak + log_one(sum);
+inline double log_sum(A peak, A sum) {
+  return sum == 0 ? -kInfinity<double> : static_cast<double>(peak) + log_one(static_cast<double>(sum));
 }
 
 template <typename T>
@@ -202,7 +203,7 @@ void forward_item(const ForwardArgs& args, const PoolItem& item, void* base) {
   for (int64_t bag = item.bag_begin; bag < item.bag_end; ++bag) {
     const TokenRange range = bag_range(args, bag);
     A* out = static_cast<A*>(args.out) + bag * num_queries * channels;
-    A* lse = static_cast<A*>(args.lse) + bag * num_queries;
+    double* lse = args.lse + bag * num_queries;
     forward_range(args, scratch, bag, range, out);
     for (int64_t k = 0; k < num_queries; ++k) {
       lse[k] = log_sum(scratch.peak[k], scratch.sum[k]);
@@ -248,7 +249,7 @@ void combine_parts(
     for (int64_t d = begin; d < end; ++d) out[d] *= factor;
   }
   if (begin > 0) return;
-  static_cast<A*>(args.lse)[bag.bag * num_queries + query] = log_sum(peak, sum);
+  args.lse[bag.bag * num_queries + query] = log_sum(peak, sum);
   static_cast<A*>(args.split_peak)[split * num_queries + query] = peak;
   static_cast<A*>(args.split_sum)[split * num_queries + query] = sum;
 }
