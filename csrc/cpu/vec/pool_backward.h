@@ -22,7 +22,6 @@ struct BackwardScratch {
   const A** vectors;  // the rows of the query, then those of grad_out, in the order of the products
   const A** kept_vectors;
   A* kept_coefficients;
-  const void** kept_rows;
   uint8_t* kept;  // [queries][ld], only when queries drop different tokens
   T** grad_rows;
   A* grad_out;  // [queries][channels] when its channels are not contiguous
@@ -34,7 +33,6 @@ struct BackwardScratch {
     vectors = arena.take<const A*>(2 * num_queries);
     kept_vectors = arena.take<const A*>(2 * num_queries);
     kept_coefficients = arena.take<A>(2 * num_queries + block.capacity);
-    kept_rows = arena.take<const void*>(block.capacity);
     kept = arena.take<uint8_t>(num_queries * block.ld);
     grad_rows = arena.take<T*>(block.capacity);
     grad_out = arena.take<A>(args.grad_out_strides.inner == 1 ? 0 : num_queries * args.channels);
@@ -107,7 +105,7 @@ inline void start_bag(const BackwardArgs& args, BackwardScratch<T>& scratch, con
     scratch.vectors[num_queries + k] = grad_out;
     const A* out = static_cast<const A*>(args.out) + (bag * num_queries + k) * channels;
     A dot = 0;
-    dot_tile<A, 1, 1>(&out, &grad_out, channels, &dot, 1);
+    dot_tile<A, 1, 1, false>(&out, 0, &grad_out, channels, &dot, 1);
     if (args.grad_weights != nullptr) {
       dot += item.part < 0 ? weight_dot<A>(args, bag, bag_range(args, bag), k)
                            : static_cast<const A*>(args.split_weight_dots)[item.split * num_queries + k];
@@ -185,25 +183,20 @@ inline void store_grad_x(
 // grad_query += sum_r ds * scale * row, over one block.
 template <typename T, typename Row>
 inline void add_grad_query(
-    BackwardScratch<T>& scratch, Row rows, int64_t num_queries, int64_t channels, bool first, bool dropped,
-    typename AccOf<T>::type* grad_query) {
+    BackwardScratch<T>& scratch, const RowList<Row>& list, int64_t num_queries, int64_t channels, bool first,
+    bool dropped, typename AccOf<T>::type* grad_query) {
   using A = typename AccOf<T>::type;
   const Block<T>& block = scratch.block;
   const A* ones = first ? nullptr : scratch.ones;
   if (!dropped) {
-    accumulate(rows, block.count, scratch.products, block.ld, ones, num_queries, grad_query, channels);
+    accumulate(list, scratch.products, block.ld, ones, num_queries, grad_query, channels);
     return;
   }
-  using RowPointer = decltype(rows[0] + 0);
-  RowPointer* kept_rows = reinterpret_cast<RowPointer*>(scratch.kept_rows);
   for (int64_t k = 0; k < num_queries; ++k) {
-    int64_t count = 0;
-    for (int64_t r = 0; r < block.count; ++r) {
-      if (!scratch.kept[k * block.ld + r]) continue;
-      kept_rows[count] = rows[r];
-      scratch.kept_coefficients[count++] = scratch.products[k * block.ld + r];
-    }
-    accumulate(kept_rows, count, scratch.kept_coefficients, block.ld, ones, 1, grad_query + k * channels, channels);
+    A* values = scratch.kept_coefficients;
+    const auto kept = block.kept(
+        list, scratch.products + k * block.ld, values, [&](int64_t r) { return scratch.kept[k * block.ld + r] != 0; });
+    accumulate(kept, values, block.ld, ones, 1, grad_query + k * channels, channels);
   }
 }
 
@@ -226,16 +219,16 @@ inline void backward_range(
     block.list(args, bag, begin, end, scores);
     bool dropped = false;
     if (block.count > 0) {
-      if (needs_dots) block.fill_tile(args);
-      block.with_rows([&](auto rows) {
+      if (needs_dots) block.ready_rows(args);
+      block.with_rows([&](const auto& list) {
         if (attention) {
-          dots<A>(rows, block.padded(), scratch.vectors, 2 * num_queries, channels, scores, block.ld);
+          dots<A>(list, scratch.vectors, 2 * num_queries, channels, scores, block.ld);
           const A scale = static_cast<A>(args.scale);
           for (int64_t k = 0; k < num_queries; ++k) {
             for (int64_t r = 0; r < block.count; ++r) scores[k * block.ld + r] *= scale;
           }
         } else if (needs_dots) {
-          dots<A>(rows, block.padded(), scratch.vectors + num_queries, num_queries, channels, grad_dots, block.ld);
+          dots<A>(list, scratch.vectors + num_queries, num_queries, channels, grad_dots, block.ld);
         }
         if (empty_query) {
           for (int64_t k = 0; k < num_queries; ++k) {
@@ -263,7 +256,7 @@ inline void backward_range(
               attention ? static_cast<A>(args.scale) : A(1));
         }
         if (grad_query != nullptr) {
-          add_grad_query(scratch, rows, num_queries, channels, first, dropped, grad_query);
+          add_grad_query(scratch, list, num_queries, channels, first, dropped, grad_query);
           first = false;
         }
       });

@@ -18,7 +18,6 @@ struct ForwardScratch {
   A* scores;          // [queries][ld], then exp(score - peak)
   A *peak, *sum;      // [queries], of the bag so far
   A* rescale;         // [queries], what a block's new peak does to the sums before it
-  const void** kept;  // rows of one query when queries drop different tokens
   const A** queries;  // [queries] rows of the query
   A *base_pattern, *factor_pattern;
 
@@ -28,7 +27,6 @@ struct ForwardScratch {
     peak = arena.take<A>(num_queries);
     sum = arena.take<A>(num_queries);
     rescale = arena.take<A>(num_queries);
-    kept = arena.take<const void*>(block.capacity);
     queries = arena.take<const A*>(num_queries);
     base_pattern = arena.take<A>(kLanes<A> * kLanes<A>);
     factor_pattern = arena.take<A>(kLanes<A> * kLanes<A>);
@@ -104,10 +102,10 @@ inline void forward_range(
       if (weights != nullptr) fill(weights, (end - begin) * num_queries, -kInfinity<A>);
       continue;
     }
-    block.fill_tile(args);
-    block.with_rows([&](auto rows) {
+    block.ready_rows(args);
+    block.with_rows([&](const auto& list) {
       if (args.query != nullptr) {
-        dots<A>(rows, block.padded(), scratch.queries, num_queries, channels, scores, block.ld);
+        dots<A>(list, scratch.queries, num_queries, channels, scores, block.ld);
         const A scale = static_cast<A>(args.scale);
         for (int64_t k = 0; k < num_queries; ++k) {
           for (int64_t r = 0; r < block.count; ++r) scores[k * block.ld + r] *= scale;
@@ -119,21 +117,15 @@ inline void forward_range(
         for (int64_t k = 0; k < num_queries; ++k) {
           scratch.rescale[k] = softmax_step(scores + k * block.ld, block.count, scratch.peak[k], scratch.sum[k]);
         }
-        accumulate(rows, block.count, scores, block.ld, first ? nullptr : scratch.rescale, num_queries, out, channels);
+        accumulate(list, scores, block.ld, first ? nullptr : scratch.rescale, num_queries, out, channels);
       } else {
         // Every query on the rows it keeps: a dropped row must not be touched, 0 * inf is NaN.
-        using Row = decltype(rows[0] + 0);
-        Row* kept = reinterpret_cast<Row*>(scratch.kept);
         for (int64_t k = 0; k < num_queries; ++k) {
           A* row_scores = scores + k * block.ld;
-          int64_t count = 0;
-          for (int64_t r = 0; r < block.count; ++r) {
-            if (row_scores[r] == -kInfinity<A>) continue;
-            kept[count] = rows[r];
-            row_scores[count++] = row_scores[r];
-          }
-          const A rescale = softmax_step(row_scores, count, scratch.peak[k], scratch.sum[k]);
-          accumulate(kept, count, row_scores, block.ld, first ? nullptr : &rescale, 1, out + k * channels, channels);
+          const auto kept =
+              block.kept(list, row_scores, row_scores, [&](int64_t r) { return row_scores[r] != -kInfinity<A>; });
+          const A rescale = softmax_step(row_scores, kept.count, scratch.peak[k], scratch.sum[k]);
+          accumulate(kept, row_scores, block.ld, first ? nullptr : &rescale, 1, out + k * channels, channels);
         }
       }
     });

@@ -372,6 +372,39 @@ inline auto max_lanes(FloatVec v) {
 }
 #endif
 
+// Four sums at once, each in the order of sum_lanes.
+template <typename V, typename A>
+inline void sum_lanes_of_four(V a, V b, V c, V d, A* to) {
+  to[0] = sum_lanes(a);
+  to[1] = sum_lanes(b);
+  to[2] = sum_lanes(c);
+  to[3] = sum_lanes(d);
+}
+
+#if defined(FUSEFEAT_ISA_AVX512)
+inline void sum_lanes_of_four(FloatVec a, FloatVec b, FloatVec c, FloatVec d, float* to) {
+  const auto halves = [](__m512 x, __m512 y) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x44), _mm512_shuffle_f32x4(x, y, 0xee));
+  };
+  const __m512 ab = halves((__m512)a, (__m512)b), cd = halves((__m512)c, (__m512)d);
+  const __m512 quarters = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+  const __m512 pairs = _mm512_add_ps(quarters, _mm512_permute_ps(quarters, 0xee));
+  const __m512 sums = _mm512_add_ps(pairs, _mm512_movehdup_ps(pairs));
+  const __m512i first_of_quarter = _mm512_setr_epi32(0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12);
+  _mm_storeu_ps(to, _mm512_castps512_ps128(_mm512_permutexvar_ps(first_of_quarter, sums)));
+}
+#elif defined(FUSEFEAT_ISA_AVX2)
+inline void sum_lanes_of_four(FloatVec a, FloatVec b, FloatVec c, FloatVec d, float* to) {
+  const auto halves = [](__m256 x, __m256 y) {
+    return _mm256_add_ps(_mm256_permute2f128_ps(x, y, 0x20), _mm256_permute2f128_ps(x, y, 0x31));
+  };
+  const __m256 ab = halves((__m256)a, (__m256)b), cd = halves((__m256)c, (__m256)d);
+  const __m256 pairs = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
+  const __m256 sums = _mm256_add_ps(_mm256_shuffle_ps(pairs, pairs, 0x88), _mm256_shuffle_ps(pairs, pairs, 0xdd));
+  _mm_storeu_ps(to, _mm_unpacklo_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));
+}
+#endif
+
 template <typename I>
 inline bool any_lane(I mask) {
 #if defined(FUSEFEAT_ISA_AVX512)
