@@ -1,12 +1,11 @@
 // Operators of both pools on CUDA tensors: checks, memory and the order of launches.
-#include "../common/attention_pool.h"
-
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <tuple>
 
+#include "../common/attention_pool.h"
 #include "attention_pool.cuh"
 #include "device_scope.h"
 
@@ -37,7 +36,9 @@ void with_access(bool packs, bool many, Body body) {
   body(AccessTag<Access::kAny>());
 }
 
-bool aligned(const Tensor& tensor) { return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0; }
+bool aligned(const Tensor& tensor) {
+  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
+}
 
 // For tensors without a token axis: contiguous, and on a 16-byte boundary.
 Tensor dense(const Tensor& tensor) {
@@ -79,9 +80,7 @@ struct Pool {
   }
 
   // Of a contiguous [tokens, queries] tensor.
-  TokenLayout dense_layout() const {
-    return {sizes.packed ? 0 : sizes.tokens * sizes.queries, sizes.queries, 1};
-  }
+  TokenLayout dense_layout() const { return {sizes.packed ? 0 : sizes.tokens * sizes.queries, sizes.queries, 1}; }
 
   Mask keep() const {
     Mask keep;
@@ -153,7 +152,7 @@ struct Pooled {
 Pooled forward(const Pool& pool, const MaybeTensor& query, const MaybeTensor& scores, double scale, bool need_weights) {
   const PoolSizes& sizes = pool.sizes;
   Pooled result{
-      pool.scratch(sizes.per_bag(true)), pool.scratch(sizes.per_bag(false)),
+      pool.scratch(sizes.per_bag(true)), new_tensor(pool.tokens, sizes.per_bag(false), ScalarType::Double),
       pool.scratch(need_weights ? sizes.per_token() : std::vector<int64_t>{0})};
   if (sizes.bags == 0 || sizes.queries == 0) {
     if (need_weights) torch::stable::zero_(result.weights);
@@ -168,7 +167,7 @@ Pooled forward(const Pool& pool, const MaybeTensor& query, const MaybeTensor& sc
   args.mask = pool.keep();
   args.scale = scale;
   args.out = result.out.mutable_data_ptr();
-  args.lse = result.lse.mutable_data_ptr();
+  args.lse = static_cast<double*>(result.lse.mutable_data_ptr());
   if (scores.has_value()) args.scores = pool.score_rows(*scores);
 
   with_type(pool.tokens.scalar_type(), [&](auto type) {
@@ -300,7 +299,7 @@ Gradients backward(
   args.mask = pool.keep();
   args.scale = scale;
   args.grad_out = grad_out.const_data_ptr();
-  args.lse = lse.const_data_ptr();
+  args.lse = static_cast<const double*>(lse.const_data_ptr());
   if (incoming.grad_weights.has_value()) args.grad_weights = pool.score_rows(*incoming.grad_weights);
   if (scores.has_value()) args.scores = pool.score_rows(*scores);
   if (need_tokens) args.grad_tokens = result.tokens.mutable_data_ptr();
@@ -408,8 +407,7 @@ std::tuple<Tensor, Tensor> softmax_pool_backward(
   const DeviceScope device(values);
   const Pool pool(sizes, values, mask, cu_seqlens, device.stream());
   const Gradients gradients = backward(
-      pool, std::nullopt, scores, 1.0, {grad_out, grad_weights, out, lse, weights}, need_grad_values,
-      need_grad_scores);
+      pool, std::nullopt, scores, 1.0, {grad_out, grad_weights, out, lse, weights}, need_grad_values, need_grad_scores);
   return {gradients.tokens, gradients.other};
 }
 

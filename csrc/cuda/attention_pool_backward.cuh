@@ -17,7 +17,7 @@ struct BackwardArgs {
   double scale = 1;
   ScoreRows scores;                    // softmax pool
   const void* grad_out = nullptr;      // [bags, queries, channels]
-  const void* lse = nullptr;           // [bags, queries]
+  const double* lse = nullptr;         // [bags, queries]
   const void* delta = nullptr;         // [bags, queries]
   ScoreRows grad_weights;              // null data: none came in
   const void* given_scores = nullptr;  // [tokens, queries]; set, with given_dots, when rows are sliced
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, 1) pool_backward(const Ba
                 A p = 0, ds = 0;
                 if (s != neg_inf<A>()) {
                   kept |= 1u << (r * kQueries + k);
-                  p = exp_of(s - static_cast<const A*>(args.lse)[row]);
+                  p = weight_of(s, args.lse[row]);
                   if (wants_dots) {
                     A dp = args.given_dots != nullptr ? static_cast<const A*>(args.given_dots)[at] : dot(r, k);
                     if (grad_weights != nullptr) {

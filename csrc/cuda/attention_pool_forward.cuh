@@ -25,7 +25,7 @@ struct ForwardArgs {
   ScoreRows scores;             // softmax pool
   bool plain_sum = false;       // softmax pool: scores are the weights themselves, and 0 drops a token
   void* out = nullptr;          // [bags, queries, channels]
-  void* lse = nullptr;          // [bags, queries], unused by a plain sum
+  double* lse = nullptr;        // [bags, queries], unused by a plain sum
   void* slot_stats = nullptr;   // [blocks, kSlots, queries, 2]: peak, total
   void* slot_sums = nullptr;    // [blocks, kSlots, queries, padded_channels]
   int64_t* crossing = nullptr;  // [blocks]: the bag that begins in a block and goes on, or -1
@@ -101,7 +101,8 @@ struct PoolState {
 #pragma unroll
       for (int p = 0; p < Traits::kPacks; ++p) {
         if (map.has(p)) {
-          store_channels<Traits::kPack>(slots.row(slot, query0 + k) + map.base + map.channel(p), sum[k] + p * Traits::kPack);
+          store_channels<Traits::kPack>(
+              slots.row(slot, query0 + k) + map.base + map.channel(p), sum[k] + p * Traits::kPack);
         }
       }
     }
@@ -138,7 +139,7 @@ struct PoolState {
       const int64_t row = bag * queries + query0 + k;
       if (!args.plain_sum) {
         if (first_thread && blockIdx.y == 0) {
-          static_cast<A*>(args.lse)[row] = total[k] == A(0) ? neg_inf<A>() : peak[k] + log_of(total[k]);
+          args.lse[row] = log_sum(peak[k], total[k]);
         }
         const A inverse = total[k] == A(0) ? A(0) : A(1) / total[k];
 #pragma unroll
@@ -168,7 +169,7 @@ __device__ __forceinline__ void write_empty_bags(const ForwardArgs& args, int64_
     for (; empty != 0; empty &= empty - 1) {
       const int64_t row0 = (group + __ffs(empty) - 1) * args.queries + query0;
       for (int k = 0; k < Traits::kQueries && query0 + k < args.queries; ++k) {
-        if (lane == 0 && blockIdx.y == 0 && !args.plain_sum) static_cast<A*>(args.lse)[row0 + k] = neg_inf<A>();
+        if (lane == 0 && blockIdx.y == 0 && !args.plain_sum) args.lse[row0 + k] = neg_inf<double>();
         A* out = static_cast<A*>(args.out) + (row0 + k) * args.channels;
         const int64_t begin = static_cast<int64_t>(blockIdx.y) * Traits::kMaxChannels;
         for (int64_t c = begin + lane; c < args.channels && c < begin + Traits::kMaxChannels; c += kWarp) out[c] = 0;
@@ -226,7 +227,8 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, 1) pool_forward(const For
       // A query past the last one repeats it: its results are not stored.
       const int64_t row = query0 + k < queries ? query0 + k : queries - 1;
       load_query<Traits>(query, args.query, row * args.channels + map.base, map);
-      if (kShared && static_cast<int>(threadIdx.x) < team.size) share_query<Traits>(shared + layout.query, query, k, team);
+      if (kShared && static_cast<int>(threadIdx.x) < team.size)
+        share_query<Traits>(shared + layout.query, query, k, team);
     }
     if (kShared) __syncthreads();
   }

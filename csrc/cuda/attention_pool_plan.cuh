@@ -25,7 +25,7 @@ struct PoolTraits {
   static constexpr int kPacks = kChannels / kPack;
   static constexpr int kRows = kAccess == Access::kOne && sizeof(T) == 2 ? 4 : 2;
   static constexpr int kBackwardRows = kAccess == Access::kMany || kRows == 4 ? 2 : 1;
-  static constexpr int kThreads = kAccess == Access::kMany ? 128 : 256;  // of a block whose teams fit into a warp
+  static constexpr int kThreads = kAccess == Access::kMany ? 128 : 256;     // of a block whose teams fit into a warp
   static constexpr int kMaxThreads = kAccess == Access::kMany ? 256 : 512;  // of a block that is one team
   static constexpr int kMaxChannels = kMaxThreads * kChannels;
 
@@ -47,7 +47,9 @@ struct PoolPlan {
   int64_t padded_channels = 0;  // whole packs: partial sums are always stored by packs
 };
 
-__host__ __device__ inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+__host__ __device__ inline int64_t divide_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
 
 template <typename Traits>
 PoolPlan plan_pool(int64_t tokens, int64_t channels, int64_t queries) {
@@ -90,7 +92,8 @@ struct SharedLayout {
       return at;
     };
     if (plan.workers == 1) {
-      exchange = take(2 * (plan.team / kWarp) * (backward ? 2 * Traits::kBackwardRows : Traits::kRows) * Traits::kQueries);
+      exchange =
+          take(2 * (plan.team / kWarp) * (backward ? 2 * Traits::kBackwardRows : Traits::kRows) * Traits::kQueries);
     } else if (backward) {
       sums = take(plan.workers * channels);
     } else {
@@ -171,7 +174,8 @@ __device__ __forceinline__ void load_query(
 
 // kMany keeps its queries in shared memory, by 16 bytes per thread so that banks do not conflict.
 template <typename Traits>
-__device__ __forceinline__ void share_query(typename Traits::A* shared, const typename Traits::A* query, int k, const Team& team) {
+__device__ __forceinline__ void share_query(
+    typename Traits::A* shared, const typename Traits::A* query, int k, const Team& team) {
   constexpr int kStep = 16 / sizeof(typename Traits::A);
 #pragma unroll
   for (int c = 0; c < Traits::kChannels; c += kStep) {
@@ -180,7 +184,8 @@ __device__ __forceinline__ void share_query(typename Traits::A* shared, const ty
 }
 
 template <typename Traits>
-__device__ __forceinline__ void shared_query(typename Traits::A* query, const typename Traits::A* shared, int k, const Team& team) {
+__device__ __forceinline__ void shared_query(
+    typename Traits::A* query, const typename Traits::A* shared, int k, const Team& team) {
   constexpr int kStep = 16 / sizeof(typename Traits::A);
 #pragma unroll
   for (int c = 0; c < Traits::kChannels; c += kStep) {
@@ -193,8 +198,8 @@ __device__ __forceinline__ void shared_query(typename Traits::A* query, const ty
 // This thread's channels of one token, as stored; 0 when it is not to be read.
 template <typename Traits>
 __device__ __forceinline__ void load_token(
-    Pack<typename Traits::T, Traits::kPack> (&packs)[Traits::kPacks], const typename Traits::T* row, int64_t inner, bool keep,
-    const ChannelMap<Traits>& map) {
+    Pack<typename Traits::T, Traits::kPack> (&packs)[Traits::kPacks], const typename Traits::T* row, int64_t inner,
+    bool keep, const ChannelMap<Traits>& map) {
 #pragma unroll
   for (int p = 0; p < Traits::kPacks; ++p) {
     packs[p].clear();

@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kColumnWarps* kWarp, 1) combine_blocks(const F
   if (warp != 0) return;
   const int64_t row = bag * args.queries + query;
   if (!args.plain_sum) {
-    if (tile == 0 && lane == 0) static_cast<A*>(args.lse)[row] = total == A(0) ? neg_inf<A>() : peak + log_of(total);
+    if (tile == 0 && lane == 0) args.lse[row] = log_sum(peak, total);
     sum = total == A(0) ? A(0) : sum / total;
   }
   if (channel < args.channels) static_cast<A*>(args.out)[row * args.channels + channel] = sum;
@@ -83,8 +83,8 @@ struct WeightArgs {
   int64_t queries = 1;
   Mask mask;
   ScoreRows scores;
-  const void* lse = nullptr;  // [bags, queries]
-  void* weights = nullptr;    // [tokens, queries]; may be the scores
+  const double* lse = nullptr;  // [bags, queries]
+  void* weights = nullptr;      // [tokens, queries]; may be the scores
 };
 
 // exp(score - lse), or 0 for a token that is masked, of no bag, or has a score of -inf.
@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kRowThreads, 1) pool_weights(const WeightArgs 
     if (keep) {
       const int64_t at = args.scores.layout.row(args.bags, low, token) + k * args.scores.layout.inner;
       const A score = load_either<T>(args.scores.data, at, args.scores.in_acc);
-      if (score != neg_inf<A>()) weight = exp_of(score - static_cast<const A*>(args.lse)[low * args.queries + k]);
+      if (score != neg_inf<A>()) weight = weight_of(score, args.lse[low * args.queries + k]);
     }
     static_cast<A*>(args.weights)[token * args.queries + k] = weight;
   }
@@ -152,7 +152,8 @@ __global__ void __launch_bounds__(kRowThreads, 1) row_dots(const RowDotArgs args
   for (int64_t k = 0; k < args.queries; ++k) {
     const int64_t row = ((args.per_bag ? bag * args.queries : 0) + k) * args.channels;
     const A dot = warp_sum<A>(keep ? args.channels : 0, [&](int64_t c) {
-      return static_cast<A>(x[c * args.tokens.layout.inner]) * load_either<T>(args.rows.data, row + c, args.rows.in_acc);
+      return static_cast<A>(x[c * args.tokens.layout.inner]) *
+             load_either<T>(args.rows.data, row + c, args.rows.in_acc);
     });
     if (threadIdx.x % kWarp == 0) {
       static_cast<A*>(args.out)[token * args.queries + k] = dot * static_cast<A>(args.scale);

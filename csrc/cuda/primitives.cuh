@@ -112,10 +112,25 @@ __device__ __forceinline__ void store_either(void* data, int64_t index, AccOf<T>
 }
 
 // The accurate functions: they run once per token, not once per element.
-__device__ __forceinline__ float exp_of(float x) { return expf(x); }
-__device__ __forceinline__ double exp_of(double x) { return exp(x); }
-__device__ __forceinline__ float log_of(float x) { return logf(x); }
-__device__ __forceinline__ double log_of(double x) { return log(x); }
+__device__ __forceinline__ float exp_of(float x) {
+  return expf(x);
+}
+__device__ __forceinline__ double exp_of(double x) {
+  return exp(x);
+}
+
+// The log of a sum of exponentials, in double: a float would not resolve exp(score - lse) at a large peak.
+template <typename A>
+__device__ __forceinline__ double log_sum(A peak, A total) {
+  return total == A(0) ? -static_cast<double>(INFINITY) : static_cast<double>(peak) + log(static_cast<double>(total));
+}
+
+// exp(score - lse): the difference of near numbers is exact, and the rest of lse follows.
+template <typename A>
+__device__ __forceinline__ A weight_of(A score, double lse) {
+  const A high = static_cast<A>(lse), low = static_cast<A>(lse - static_cast<double>(high));
+  return exp_of(score - high - low);
+}
 
 template <typename A>
 __device__ __forceinline__ A neg_inf() {

@@ -11,7 +11,7 @@ from fusefeat.triton._attention_pool_forward import (
     load_scores,
     load_tokens,
     load_vectors,
-    weight_of,
+    final_weight,
 )
 from fusefeat.triton._partition import bag_rows, cut_point
 
@@ -120,7 +120,7 @@ def pool_backward(
                     score = load_scores(scores_ptr, bag * s_bag, s_token, s_query, token, index, keep, queries).to(ACC)
                 else:
                     score = tl.where(keep[:, None], tl.sum(x * query, axis=2) * scale, float("-inf"))
-                weight = weight_of(score, lse[None, :])
+                weight = final_weight(score, lse[None, :])
                 absent = score == float("-inf")
                 if NEED_DS:
                     if HAS_DOTS:

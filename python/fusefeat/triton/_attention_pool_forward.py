@@ -52,6 +52,14 @@ def weight_of(score, peak):
 
 
 @triton.jit
+def final_weight(score, lse):
+    """exp(score - lse) with lse in float64: the difference of near numbers is exact, and the rest of lse follows."""
+    high = finite_peak(lse).to(score.dtype)
+    low = (finite_peak(lse) - high).to(score.dtype)
+    return tl.where(score == float("-inf"), 0.0, tl.exp(score - high - low))
+
+
+@triton.jit
 def pool_forward(
     x_ptr, x_bag, x_token, x_inner,
     query_ptr, q_query, q_inner,
@@ -120,7 +128,8 @@ def pool_forward(
             peak = new_peak
         empty = total == 0.0
         pooled = tl.where(empty[:, None], 0.0, pooled / tl.where(empty, 1.0, total)[:, None])
-        lse = tl.where(empty, float("-inf"), peak + tl.log(tl.where(empty, 1.0, total)))
+        log_total = tl.log(tl.where(empty, 1.0, total).to(tl.float64))
+        lse = tl.where(empty, float("-inf"), peak.to(tl.float64) + log_total)
         is_piece = (bag == first_bag) & (start < first_row) & (bag < last_bag)
         owner = tl.where(is_piece, bag, owner)
         if bag < last_bag:
@@ -173,13 +182,13 @@ def pool_combine(
             where = ((slots * queries + query) * channels)[:, None] + channel[None, :]
             mask = (lse != float("-inf"))[:, None] & (channel < channels)[None, :]
             pooled = tl.load(carry_out_ptr + where, mask=mask, other=0.0)
-            piece = piece * fade + tl.sum(weight[:, None] * pooled, axis=0)
+            piece = piece * fade.to(ACC) + tl.sum(weight.to(ACC)[:, None] * pooled, axis=0)
             peak = new_peak
         empty = total == 0.0
         safe_total = tl.where(empty, 1.0, total)
-        tl.store(out_ptr + at, tl.where(empty, 0.0, piece / safe_total), mask=channel < channels)
+        tl.store(out_ptr + at, tl.where(empty, 0.0, piece / safe_total.to(ACC)), mask=channel < channels)
         lse = tl.where(empty, float("-inf"), peak + tl.log(safe_total))
-        tl.store(lse_ptr + bag * queries + query, lse.to(ACC), mask=tile == 0)
+        tl.store(lse_ptr + bag * queries + query, lse, mask=tile == 0)
 
 
 @triton.jit
@@ -189,7 +198,7 @@ def pool_weights(
     PACKED: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """weights = exp(score - lse), elementwise over [rows, queries]; scores may be the same memory as weights."""
-    ACC: tl.constexpr = lse_ptr.dtype.element_ty
+    ACC: tl.constexpr = weights_ptr.dtype.element_ty
     element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     rows = element // queries
     query = element % queries
@@ -201,7 +210,7 @@ def pool_weights(
     at = bag * s_bag + token * s_token + query * s_query
     score = tl.load(scores_ptr + at, mask=keep, other=float("-inf")).to(ACC)
     lse = tl.load(lse_ptr + bag * queries + query, mask=keep, other=0.0)
-    tl.store(weights_ptr + element, weight_of(score, lse), mask=in_range)
+    tl.store(weights_ptr + element, final_weight(score, lse), mask=in_range)
 
 
 @triton.jit

@@ -96,6 +96,9 @@ class Pool:
     def new(self, *shape: int) -> Tensor:
         return self.x.new_empty(shape, dtype=self.acc)
 
+    def new_lse(self, *shape: int | torch.SymInt) -> Tensor:
+        return self.x.new_empty(shape, dtype=torch.float64)
+
 
 def _cdiv(a: int, b: int) -> int:
     return (a + b - 1) // b
@@ -202,8 +205,8 @@ def _forward(
     weights = pool.new(*pool.per_token()) if need_weights else pool.new(0)
     if pool.empty:
         out = pool.new(*pool.per_bag(pool.channels)).zero_()
-        return out, pool.new(*pool.per_bag()).fill_(float("-inf")), weights.zero_()
-    out, lse = pool.new(*pool.per_bag(pool.channels)), pool.new(*pool.per_bag())
+        return out, pool.new_lse(*pool.per_bag()).fill_(float("-inf")), weights.zero_()
+    out, lse = pool.new(*pool.per_bag(pool.channels)), pool.new_lse(*pool.per_bag())
     config = pool.config(tuning.FORWARD)
     if query is not None and pool.channels > config.block_d:
         scores, _ = _dots(pool, query, scale, None)
@@ -215,7 +218,7 @@ def _forward(
     carry_out = carry_lse = owner = pool.unused
     if pool.split:
         carry_out = pool.new(pool.blocks, pool.queries, pool.channels)
-        carry_lse = pool.new(2, pool.blocks, pool.queries)
+        carry_lse = pool.new_lse(2, pool.blocks, pool.queries)
         owner = pool.x.new_empty(pool.blocks, dtype=torch.int64)
     store_raw = need_weights and query is not None
     wrap_triton(pool_forward)[(tiles * _cdiv(pool.queries, config.block_k), pool.blocks)](
@@ -327,8 +330,9 @@ def _check_backward(
     if grad_weights is not None:
         wanted += [("grad_weights", grad_weights, pool.per_token()), ("weights", weights, pool.per_token())]
     for name, tensor, shape in wanted:
+        dtype = torch.float64 if name == "lse" else pool.acc
         torch._check(
-            tensor.shape == shape and tensor.dtype == pool.acc and tensor.device == pool.x.device,
+            tensor.shape == shape and tensor.dtype == dtype and tensor.device == pool.x.device,
             partial(_wrong, name),
         )
 
