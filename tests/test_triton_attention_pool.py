@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import os
-
-os.environ["TRITON_INTERPRET"] = "1"
-
 import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton")
-
+import triton_interpreter  # noqa: F401 - before fusefeat.triton
 from fusefeat.reference import attention_pool as reference
 from fusefeat.triton import _attention_pool_tuning as tuning
 from fusefeat.triton import attention_pool as operators
