@@ -21,10 +21,6 @@ struct AccOf<double> {
   using type = double;
 };
 
-inline int64_t round_up(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
-
 // Hands out aligned arrays of one allocation; from a null base it only counts the bytes.
 struct Arena {
   char* base;

@@ -7,6 +7,8 @@
 namespace fusefeat {
 namespace {
 
+inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
 constexpr int kRowStep = 4;  // row lists can be read up to the next multiple of this
 
 template <int n>
@@ -76,16 +78,17 @@ template <typename A, int kVectors, bool kPrefetch, typename T>
 inline void dot_rows(const RowList<T>& list, const A* const* vectors, int64_t channels, A* products, int64_t ld) {
   // As many sums as the registers hold, eight at least to hide the latency of the additions.
   constexpr int tile = kVectors == 1 || (kManyRegisters && kVectors == 2) ? 2 * kRowStep : kRowStep;
+  const int64_t count = round_up(list.count, kRowStep);
   int64_t r = 0;
-  for (; r + tile <= list.count; r += tile) {
+  for (; r + tile <= count; r += tile) {
     dot_tile<A, tile, kVectors, kPrefetch>(list.rows + r, list.ahead, vectors, channels, products + r, ld);
   }
-  if (tile > kRowStep && r < list.count) {
+  if (tile > kRowStep && r < count) {
     dot_tile<A, kRowStep, kVectors, kPrefetch>(list.rows + r, list.ahead, vectors, channels, products + r, ld);
   }
 }
 
-// products[j][r] = <row r, vectors[j]>; the rows are padded to a multiple of kRowStep.
+// products[j][r] = <row r, vectors[j]>, for rows up to the next multiple of kRowStep.
 template <typename A, typename T>
 inline void dots(
     const RowList<T>& list, const A* const* vectors, int64_t num_vectors, int64_t channels, A* products, int64_t ld) {
