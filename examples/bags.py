@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import fusefeat
 import torch
 from bags_report import attention_picture, speed_table
 from harness import Run, fit, parser
@@ -24,8 +25,6 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-import fusefeat
 
 CHANNELS, HIDDEN = 512, 128
 SMALLEST, LARGEST, MOST_NINES = 8, 128, 4
@@ -85,8 +84,8 @@ def load_splits(seed: int) -> tuple[Digits, Digits, Digits]:
     return splits[0], splits[1], splits[2]
 
 
-class GatedPool(nn.Module):
-    """Gated attention: scores w . (tanh(V x) * sigmoid(U x)) from plain layers, then ``fusefeat.softmax_pool``."""
+class Gate(nn.Module):
+    """The scores of gated attention: w . (tanh(V x) * sigmoid(U x))."""
 
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
@@ -94,13 +93,19 @@ class GatedPool(nn.Module):
         self.gate_part = nn.Linear(channels, hidden)
         self.score = nn.Linear(hidden, 1)
 
-    def scores(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.score(self.tanh_part(x).tanh() * self.gate_part(x).sigmoid()).squeeze(-1)
 
-    def forward(
-        self, x: Tensor, cu_seqlens: Tensor, return_weights: bool = False
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        return fusefeat.softmax_pool(x, self.scores(x), cu_seqlens=cu_seqlens, return_weights=return_weights)
+
+class GatedPool(nn.Module):
+    """Scores from plain layers, then ``fusefeat.softmax_pool``."""
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.gate = Gate(channels, hidden)
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor, return_weights: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        return fusefeat.softmax_pool(x, self.gate(x), cu_seqlens=cu_seqlens, return_weights=return_weights)
 
 
 class BagClassifier(nn.Module):
@@ -143,7 +148,9 @@ def evaluate(model: BagClassifier, batches: list[Bags]) -> dict[str, float]:
 
 
 def main() -> None:
-    arguments = parser("bags", __doc__.split("\n")[0], epochs=12, batch_size=32, lr=1e-3)
+    arguments = parser(
+        "bags", "Find the bags of handwritten digits that contain a 9.", epochs=12, batch_size=32, lr=1e-3
+    )
     arguments.add_argument("--pooling", choices=("attention", "gated"), default="attention")
     arguments.add_argument("--steps", type=int, default=50, help="batches of new bags per epoch")
     arguments.add_argument("--no-compile", action="store_true", help="leave torch.compile out of the speed table")

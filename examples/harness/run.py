@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import random
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 # What may differ between a run and the run that resumes it.
-_FREE_ON_RESUME = {"epochs", "device", "out", "resume"}
+_FREE_ON_RESUME = {"epochs", "device", "out", "resume", "no_compile"}
 
 
 def parser(name: str, description: str, *, epochs: int, batch_size: int, lr: float) -> argparse.ArgumentParser:
@@ -33,7 +32,9 @@ def parser(name: str, description: str, *, epochs: int, batch_size: int, lr: flo
     shared.add_argument(
         "--resume", nargs="?", const="", metavar="CHECKPOINT", help="continue from a checkpoint, by default the last"
     )
-    shared.add_argument("--smoke", action="store_true", help="two epochs at most, for a test that all runs; the results mean nothing")
+    shared.add_argument(
+        "--smoke", action="store_true", help="two epochs at most, for a test that all runs; the results mean nothing"
+    )
     return shared
 
 
@@ -68,10 +69,8 @@ class Run:
         return Path(self.args.resume) if self.args.resume else self.out / "checkpoint.pt"
 
     def seed(self, *key: int) -> None:
-        """Seed all random numbers by the run's seed and a key, such as the epoch."""
+        """Seed torch's random numbers by the run's seed and a key, such as the epoch."""
         seed = int(np.random.SeedSequence((self.args.seed, *key)).generate_state(1)[0])
-        random.seed(seed)
-        np.random.seed(seed)
         torch.manual_seed(seed)
 
     def progress(self, iterable: Iterable[Any], description: str) -> tqdm[Any]:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -54,7 +54,7 @@ def interleaved(
 
 def bounded_compile(function: T, warm_up: Callable[[T], object], *, seconds: float) -> T | str:
     """``torch.compile(function)``, warmed up, or the reason why it could not be had within ``seconds``."""
-    compiled: T = torch.compile(function)
+    compiled = cast(T, torch.compile(function))
     start = time.perf_counter()
     try:
         with _time_limit(seconds):

@@ -1,0 +1,106 @@
+"""Every example runs to its end in its smoke form, writes its files, and resumes exactly."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+def example(name: str, out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [
+        sys.executable,
+        str(EXAMPLES / f"{name}.py"),
+        "--smoke",
+        "--device",
+        "cpu",
+        "--out",
+        str(out),
+        *arguments,
+    ]
+    # One thread: thread pools of tests that run side by side would wait for each other.
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+
+
+def passes(name: str, out: Path, *arguments: str) -> str:
+    done = example(name, out, *arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def numbers(tree: Any) -> list[float]:
+    if isinstance(tree, dict):
+        return [number for value in tree.values() for number in numbers(value)]
+    return [float(tree)]
+
+
+def model_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = torch.load(checkpoint, weights_only=True)["model"]
+    return state
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+def is_png(path: Path) -> bool:
+    return path.read_bytes().startswith(b"\x89PNG\r\n") and path.stat().st_size > 5000
+
+
+@pytest.fixture(scope="module")
+def attention_bags(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("bags")
+    check_bags(out, passes("bags", out))
+    return out
+
+
+def check_bags(out: Path, text: str) -> None:
+    assert "test AUC" in text
+    assert "eager, packed" in text
+    assert "\x1b" not in text and "\r" not in text, "progress bars belong on terminals only"
+    assert is_png(out / "curves.png") and is_png(out / "attention.png")
+    results = json.loads((out / "results.json").read_text())
+    assert all(math.isfinite(number) for number in numbers(results))
+    assert 0 <= results["test"]["auc"] <= 1
+    assert min(numbers(results["milliseconds"])) > 0
+    with (out / "curves.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["epoch"]) for row in rows] == [1, 2]
+    assert all(math.isfinite(float(value)) for row in rows for value in row.values())
+    best = max(rows, key=lambda row: float(row["validation/auc"]))
+    saved = torch.load(out / "best.pt", weights_only=True)
+    assert saved["rows"][-1]["validation/auc"] == float(best["validation/auc"])
+
+
+def test_bags_with_gated_attention(tmp_path: Path) -> None:
+    check_bags(tmp_path, passes("bags", tmp_path, "--pooling", "gated"))
+
+
+def test_bags_resume_as_if_never_stopped(attention_bags: Path, tmp_path: Path) -> None:
+    half, rest = tmp_path / "half", tmp_path / "rest"
+    passes("bags", half, "--epochs", "1")
+    text = passes("bags", rest, "--resume", str(half / "checkpoint.pt"))
+    assert "resumed after epoch 1" in text
+    for name in ("checkpoint.pt", "best.pt"):
+        assert_same(model_of(attention_bags / name), model_of(rest / name))
+    assert (attention_bags / "curves.csv").read_text() == (rest / "curves.csv").read_text()
+
+
+def test_bags_resume_refuses_other_settings(attention_bags: Path) -> None:
+    other_seed = example("bags", attention_bags, "--resume", "--seed", "1")
+    assert other_seed.returncode == 1
+    assert "checkpoint.pt was made with seed=0, not 1" in other_seed.stderr
