@@ -1,6 +1,8 @@
 // Backward of the pools. Scores are computed again by the forward's arithmetic, so one read of the
-// rows gives every gradient: with p = exp(score - lse) and ds = p (<grad_out, x> + grad_weight - delta),
+// rows gives every gradient: with p = exp(score - lse) and ds = p (<grad_out, x - out> + grad_weight - delta),
 // grad_x = sum_k p_k grad_out_k + scale ds_k query_k and grad_query_k = scale sum_t ds_k x.
+// The product of the difference, rather than the difference of products, keeps its accuracy where one token has
+// nearly all the weight and both products are nearly the same.
 #pragma once
 
 #include "pool_block.h"
@@ -20,6 +22,7 @@ struct BackwardScratch {
   // [2 * queries][ld]: scores and <grad_out, x>, which become the coefficients ds * scale and p.
   A* products;
   const A** vectors;  // the rows of the query, then those of grad_out, in the order of the products
+  const A** centres;  // the rows of out, at the places of grad_out's
   const A** kept_vectors;
   A* kept_coefficients;
   uint8_t* kept;  // [queries][ld], only when queries drop different tokens
@@ -31,6 +34,7 @@ struct BackwardScratch {
     const int64_t num_queries = args.queries;
     products = arena.take<A>(2 * num_queries * block.ld);
     vectors = arena.take<const A*>(2 * num_queries);
+    centres = arena.take<const A*>(2 * num_queries);
     kept_vectors = arena.take<const A*>(2 * num_queries);
     kept_coefficients = arena.take<A>(2 * num_queries + block.capacity);
     kept = arena.take<uint8_t>(num_queries * block.ld);
@@ -89,7 +93,7 @@ void weight_dots_sum(const BackwardArgs& args, const SplitBag* splits, int64_t s
   }
 }
 
-// Rows of grad_out and delta = <grad_out, out> + sum_t weight * grad_weight, for one bag.
+// Rows of grad_out and of out, and delta = sum_t weight * grad_weight, for one bag.
 template <typename T>
 inline void start_bag(const BackwardArgs& args, BackwardScratch<T>& scratch, const PoolItem& item, int64_t bag) {
   using A = typename AccOf<T>::type;
@@ -103,14 +107,10 @@ inline void start_bag(const BackwardArgs& args, BackwardScratch<T>& scratch, con
       grad_out = row;
     }
     scratch.vectors[num_queries + k] = grad_out;
-    const A* out = static_cast<const A*>(args.out) + (bag * num_queries + k) * channels;
-    A dot = 0;
-    dot_tile<A, 1, 1, false>(&out, 0, &grad_out, channels, &dot, 1);
-    if (args.grad_weights != nullptr) {
-      dot += item.part < 0 ? weight_dot<A>(args, bag, bag_range(args, bag), k)
-                           : static_cast<const A*>(args.split_weight_dots)[item.split * num_queries + k];
-    }
-    scratch.delta[k] = dot;
+    scratch.centres[num_queries + k] = static_cast<const A*>(args.out) + (bag * num_queries + k) * channels;
+    scratch.delta[k] = args.grad_weights == nullptr ? A(0)
+                       : item.part < 0 ? weight_dot<A>(args, bag, bag_range(args, bag), k)
+                                       : static_cast<const A*>(args.split_weight_dots)[item.split * num_queries + k];
   }
 }
 
@@ -222,13 +222,22 @@ inline void backward_range(
       if (needs_dots) block.ready_rows(args);
       block.with_rows([&](const auto& list) {
         if (attention) {
-          dots<A>(list, scratch.vectors, 2 * num_queries, channels, scores, block.ld);
+          if (num_queries == 1) {
+            dots_of_pair<A>(list, scratch.vectors, scratch.centres, channels, scores, block.ld);
+          } else {
+            dots<A, false>(list, scratch.vectors, nullptr, num_queries, channels, scores, block.ld);
+            dots<A, true>(
+                list, scratch.vectors + num_queries, scratch.centres + num_queries, num_queries, channels, grad_dots,
+                block.ld);
+          }
           const A scale = static_cast<A>(args.scale);
           for (int64_t k = 0; k < num_queries; ++k) {
             for (int64_t r = 0; r < block.count; ++r) scores[k * block.ld + r] *= scale;
           }
         } else if (needs_dots) {
-          dots<A>(list, scratch.vectors + num_queries, num_queries, channels, grad_dots, block.ld);
+          dots<A, true>(
+              list, scratch.vectors + num_queries, scratch.centres + num_queries, num_queries, channels, grad_dots,
+              block.ld);
         }
         if (empty_query) {
           for (int64_t k = 0; k < num_queries; ++k) {

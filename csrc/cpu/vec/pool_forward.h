@@ -105,7 +105,7 @@ inline void forward_range(
     block.ready_rows(args);
     block.with_rows([&](const auto& list) {
       if (args.query != nullptr) {
-        dots<A>(list, scratch.queries, num_queries, channels, scores, block.ld);
+        dots<A, false>(list, scratch.queries, nullptr, num_queries, channels, scores, block.ld);
         const A scale = static_cast<A>(args.scale);
         for (int64_t k = 0; k < num_queries; ++k) {
           for (int64_t r = 0; r < block.count; ++r) scores[k * block.ld + r] *= scale;

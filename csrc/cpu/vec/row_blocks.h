@@ -7,7 +7,9 @@
 namespace fusefeat {
 namespace {
 
-inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+inline int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
 
 constexpr int kRowStep = 4;  // row lists can be read up to the next multiple of this
 
@@ -30,37 +32,42 @@ inline void prefetch(const T* from, int64_t ahead) {
   __builtin_prefetch(reinterpret_cast<const char*>(from) + ahead, 0, 2);
 }
 
-template <typename A, int kRows, int kVectors, bool kPrefetch, typename T>
+// A set bit j of kCentred makes product j that of row - centres[j].
+template <typename A, int kRows, int kVectors, unsigned kCentred, bool kPrefetch, typename T>
 inline void dot_tile(
-    const T* const* rows, int64_t ahead, const A* const* vectors, int64_t channels, A* __restrict products,
-    int64_t ld) {
+    const T* const* rows, int64_t ahead, const A* const* vectors, const A* const* centres, int64_t channels,
+    A* __restrict products, int64_t ld) {
   using V = VecOf<A>;
   constexpr int lanes = kLanes<A>;
   const T* row[kRows];
   const A* vector[kVectors];
+  const A* centre[kVectors];
   V sum[kVectors][kRows];
   for (int r = 0; r < kRows; ++r) row[r] = rows[r];
   for (int j = 0; j < kVectors; ++j) {
     vector[j] = vectors[j];
+    centre[j] = (kCentred >> j & 1) ? centres[j] : nullptr;
     for (int r = 0; r < kRows; ++r) sum[j][r] = V{};
   }
   int64_t d = 0;
   for (; d + lanes <= channels; d += lanes) {
-    V v[kVectors];
+    V v[kVectors], c[kVectors];
     for (int j = 0; j < kVectors; ++j) v[j] = load(vector[j] + d);
+    for (int j = 0; j < kVectors; ++j) c[j] = (kCentred >> j & 1) ? load(centre[j] + d) : V{};
     for (int r = 0; r < kRows; ++r) {
       const V x = load(row[r] + d);
       if (kPrefetch) prefetch(row[r] + d, ahead);
-      for (int j = 0; j < kVectors; ++j) sum[j][r] = fma(x, v[j], sum[j][r]);
+      for (int j = 0; j < kVectors; ++j) sum[j][r] = fma((kCentred >> j & 1) ? x - c[j] : x, v[j], sum[j][r]);
     }
   }
   if (d < channels) {
     const int rest = static_cast<int>(channels - d);
-    V v[kVectors];
+    V v[kVectors], c[kVectors];
     for (int j = 0; j < kVectors; ++j) v[j] = load_part(vector[j] + d, rest);
+    for (int j = 0; j < kVectors; ++j) c[j] = (kCentred >> j & 1) ? load_part(centre[j] + d, rest) : V{};
     for (int r = 0; r < kRows; ++r) {
       const V x = load_part(row[r] + d, rest);
-      for (int j = 0; j < kVectors; ++j) sum[j][r] = fma(x, v[j], sum[j][r]);
+      for (int j = 0; j < kVectors; ++j) sum[j][r] = fma((kCentred >> j & 1) ? x - c[j] : x, v[j], sum[j][r]);
     }
   }
   for (int j = 0; j < kVectors; ++j) {
@@ -74,38 +81,58 @@ inline void dot_tile(
   }
 }
 
-template <typename A, int kVectors, bool kPrefetch, typename T>
-inline void dot_rows(const RowList<T>& list, const A* const* vectors, int64_t channels, A* products, int64_t ld) {
+template <typename A, int kVectors, unsigned kCentred, bool kPrefetch, typename T>
+inline void dot_rows(
+    const RowList<T>& list, const A* const* vectors, const A* const* centres, int64_t channels, A* products,
+    int64_t ld) {
   // As many sums as the registers hold, eight at least to hide the latency of the additions.
   constexpr int tile = kVectors == 1 || (kManyRegisters && kVectors == 2) ? 2 * kRowStep : kRowStep;
   const int64_t count = round_up(list.count, kRowStep);
   int64_t r = 0;
   for (; r + tile <= count; r += tile) {
-    dot_tile<A, tile, kVectors, kPrefetch>(list.rows + r, list.ahead, vectors, channels, products + r, ld);
+    dot_tile<A, tile, kVectors, kCentred, kPrefetch>(
+        list.rows + r, list.ahead, vectors, centres, channels, products + r, ld);
   }
   if (tile > kRowStep && r < count) {
-    dot_tile<A, kRowStep, kVectors, kPrefetch>(list.rows + r, list.ahead, vectors, channels, products + r, ld);
+    dot_tile<A, kRowStep, kVectors, kCentred, kPrefetch>(
+        list.rows + r, list.ahead, vectors, centres, channels, products + r, ld);
   }
 }
 
-// products[j][r] = <row r, vectors[j]>, for rows up to the next multiple of kRowStep.
-template <typename A, typename T>
+// products[j][r] = <row r - centres[j], vectors[j]>, for rows up to the next multiple of kRowStep; centres are only
+// read where kCentred.
+template <typename A, bool kCentred, typename T>
 inline void dots(
-    const RowList<T>& list, const A* const* vectors, int64_t num_vectors, int64_t channels, A* products, int64_t ld) {
+    const RowList<T>& list, const A* const* vectors, const A* const* centres, int64_t num_vectors, int64_t channels,
+    A* products, int64_t ld) {
+  constexpr unsigned all = kCentred ? ~0u : 0u;
   int64_t j = 0;
   const auto some = [&](auto vectors_at_once) {
     constexpr int step = decltype(vectors_at_once)::value;
     for (; j + step <= num_vectors; j += step) {
+      const A* const* some_centres = kCentred ? centres + j : nullptr;
       if (j == 0 && list.ahead != 0) {
-        dot_rows<A, step, true>(list, vectors, channels, products, ld);
+        dot_rows<A, step, all, true>(list, vectors, some_centres, channels, products, ld);
       } else {
-        dot_rows<A, step, false>(list, vectors + j, channels, products + j * ld, ld);
+        dot_rows<A, step, all, false>(list, vectors + j, some_centres, channels, products + j * ld, ld);
       }
     }
   };
   if constexpr (kManyRegisters) some(Constant<4>{});
   some(Constant<2>{});
   some(Constant<1>{});
+}
+
+// One plain and one centred product in the same pass over the rows.
+template <typename A, typename T>
+inline void dots_of_pair(
+    const RowList<T>& list, const A* const* vectors, const A* const* centres, int64_t channels, A* products,
+    int64_t ld) {
+  if (list.ahead != 0) {
+    dot_rows<A, 2, 0b10, true>(list, vectors, centres, channels, products, ld);
+  } else {
+    dot_rows<A, 2, 0b10, false>(list, vectors, centres, channels, products, ld);
+  }
 }
 
 template <typename A, int kSums, int kColumns, bool kPart, bool kPrefetch, typename T>
