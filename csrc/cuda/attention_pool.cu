@@ -1,12 +1,11 @@
 // Operators of both pools on CUDA tensors: checks, memory and the order of launches.
-#include "../common/attention_pool.h"
-
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <tuple>
 
+#include "../common/attention_pool.h"
 #include "attention_pool.cuh"
 #include "device_scope.h"
 
@@ -37,7 +36,9 @@ void with_access(bool packs, bool many, Body body) {
   body(AccessTag<Access::kAny>());
 }
 
-bool aligned(const Tensor& tensor) { return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0; }
+bool aligned(const Tensor& tensor) {
+  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
+}
 
 // For tensors without a token axis: contiguous, and on a 16-byte boundary.
 Tensor dense(const Tensor& tensor) {
@@ -79,9 +80,7 @@ struct Pool {
   }
 
   // Of a contiguous [tokens, queries] tensor.
-  TokenLayout dense_layout() const {
-    return {sizes.packed ? 0 : sizes.tokens * sizes.queries, sizes.queries, 1};
-  }
+  TokenLayout dense_layout() const { return {sizes.packed ? 0 : sizes.tokens * sizes.queries, sizes.queries, 1}; }
 
   Mask keep() const {
     Mask keep;
@@ -408,8 +407,7 @@ std::tuple<Tensor, Tensor> softmax_pool_backward(
   const DeviceScope device(values);
   const Pool pool(sizes, values, mask, cu_seqlens, device.stream());
   const Gradients gradients = backward(
-      pool, std::nullopt, scores, 1.0, {grad_out, grad_weights, out, lse, weights}, need_grad_values,
-      need_grad_scores);
+      pool, std::nullopt, scores, 1.0, {grad_out, grad_weights, out, lse, weights}, need_grad_values, need_grad_scores);
   return {gradients.tokens, gradients.other};
 }
 

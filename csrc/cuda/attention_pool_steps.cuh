@@ -152,7 +152,8 @@ __global__ void __launch_bounds__(kRowThreads, 1) row_dots(const RowDotArgs args
   for (int64_t k = 0; k < args.queries; ++k) {
     const int64_t row = ((args.per_bag ? bag * args.queries : 0) + k) * args.channels;
     const A dot = warp_sum<A>(keep ? args.channels : 0, [&](int64_t c) {
-      return static_cast<A>(x[c * args.tokens.layout.inner]) * load_either<T>(args.rows.data, row + c, args.rows.in_acc);
+      return static_cast<A>(x[c * args.tokens.layout.inner]) *
+             load_either<T>(args.rows.data, row + c, args.rows.in_acc);
     });
     if (threadIdx.x % kWarp == 0) {
       static_cast<A*>(args.out)[token * args.queries + k] = dot * static_cast<A>(args.scale);

@@ -112,10 +112,18 @@ __device__ __forceinline__ void store_either(void* data, int64_t index, AccOf<T>
 }
 
 // The accurate functions: they run once per token, not once per element.
-__device__ __forceinline__ float exp_of(float x) { return expf(x); }
-__device__ __forceinline__ double exp_of(double x) { return exp(x); }
-__device__ __forceinline__ float log_of(float x) { return logf(x); }
-__device__ __forceinline__ double log_of(double x) { return log(x); }
+__device__ __forceinline__ float exp_of(float x) {
+  return expf(x);
+}
+__device__ __forceinline__ double exp_of(double x) {
+  return exp(x);
+}
+__device__ __forceinline__ float log_of(float x) {
+  return logf(x);
+}
+__device__ __forceinline__ double log_of(double x) {
+  return log(x);
+}
 
 template <typename A>
 __device__ __forceinline__ A neg_inf() {
@@ -172,6 +180,7 @@ struct Team {
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < kCount; ++i) values[i] = half[i];
+#pragma unroll 2
     for (int warp = 1; warp < warps; ++warp) {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) values[i] += half[warp * kCount + i];
