@@ -13,7 +13,9 @@ void launch_forward(const ForwardArgs& args, cudaStream_t stream) {
   using A = typename Traits::A;
   const PoolPlan& plan = args.plan;
   const dim3 grid(plan.blocks * plan.query_blocks, plan.slices);
-  LAUNCH((pool_forward<Traits, kAttention>), grid, plan.threads, shared_bytes<Traits>(plan, false), stream, args);
+  LAUNCH(
+      (pool_forward<Traits, kAttention>), grid, plan.threads, shared_bytes<Traits>(plan, kAttention, false), stream,
+      args);
   if (plan.blocks > 1) {
     const int64_t tiles = column_tiles(args.channels);
     LAUNCH((combine_blocks<A>), plan.blocks * args.queries * tiles, kColumnWarps * kWarp, 0, stream, args);
@@ -24,7 +26,7 @@ template <typename T, Access kAccess, bool kAttention>
 void launch_backward(const BackwardArgs& args, cudaStream_t stream) {
   using Traits = PoolTraits<T, kAccess>;
   const dim3 grid(args.plan.blocks, args.plan.slices);
-  const size_t shared = shared_bytes<Traits>(args.plan, true);
+  const size_t shared = shared_bytes<Traits>(args.plan, kAttention, true);
   LAUNCH((pool_backward<Traits, kAttention>), grid, args.plan.threads, shared, stream, args);
 }
 

@@ -60,8 +60,8 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, 1) pool_backward(const Ba
     }
   };
 
-  // With one query, its row and the bag's gradient stay in registers; with many they are read
-  // again, from cache, for every few tokens.
+  // With one query, its row is shared and the bag's gradient stays in registers; with many they are
+  // read again, from cache, for every few tokens.
   A query[kChannels], gradient[kChannels];
   const auto load_rows = [&](int64_t bag, int64_t k) {
     if constexpr (kAttention && kLoops) load_query<Traits>(query, args.query, k * args.channels + map.base, map);
@@ -71,8 +71,15 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, 1) pool_backward(const Ba
   A query_grad[kChannels];
 #pragma unroll
   for (int c = 0; c < kChannels; ++c) query_grad[c] = 0;
-  if constexpr (kAttention && !kLoops) load_query<Traits>(query, args.query, map.base, map);
-  const SharedLayout<Traits> layout(plan, true);
+  const SharedLayout<Traits> layout(plan, kAttention, true);
+  const SharedQuery<Traits> only_query(shared + layout.query, team);
+  if constexpr (kAttention && !kLoops) {
+    if (static_cast<int>(threadIdx.x) < team.size) {
+      load_query<Traits>(query, args.query, map.base, map);
+      only_query.store(0, query);
+    }
+    __syncthreads();
+  }
   int turn = 0;
 
   bags.walk(
@@ -81,20 +88,22 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, 1) pool_backward(const Ba
         if constexpr (!kLoops) load_rows(bag, 0);
         const T* tokens = static_cast<const T*>(args.tokens.data) + args.tokens.layout.row(bags, bag, first) +
                           map.base * args.tokens.layout.inner;
-        const bool* mask = args.mask.data;
+        const auto* mask = reinterpret_cast<const unsigned char*>(args.mask.data);
         if (mask != nullptr) mask += args.mask.layout.row(bags, bag, first);
         const int64_t scores = kAttention ? 0 : args.scores.layout.row(bags, bag, first);
         const A* grad_weights = static_cast<const A*>(args.grad_weights.data);
         if (grad_weights != nullptr) grad_weights += args.grad_weights.layout.row(bags, bag, first);
 
         for (int base = begin + team.row; base - team.row < stop; base += kRows * team.count) {
-          bool keep[kRows];
+          int keep[kRows];
           Pack<T, kPack> packs[kRows][kPacks];
           A token_grad[kRows][kChannels];
 #pragma unroll
           for (int r = 0; r < kRows; ++r) {
             const int i = base + r * team.count;
-            keep[r] = i < stop && (mask == nullptr || mask[i * args.mask.layout.token]);
+            keep[r] = i < stop;
+            // Loaded as numbers, not tested one by one: the loads are to be under way together.
+            if (mask != nullptr && keep[r]) keep[r] = mask[i * args.mask.layout.token];
           }
 #pragma unroll
           for (int r = 0; r < kRows; ++r) {
@@ -115,9 +124,11 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, 1) pool_backward(const Ba
 #pragma unroll
             for (int k = 0; k < kQueries; ++k) {
               if constexpr (kLoops) load_rows(bag, query_of(k));
+              A dots[kRows];
+              if constexpr (kAttention && !kLoops) partial_dots<Traits>(dots, packs, only_query, 0);
 #pragma unroll
               for (int r = 0; r < kRows; ++r) {
-                if constexpr (kAttention) score(r, k) = partial_dot<Traits>(packs[r], query);
+                if constexpr (kAttention) score(r, k) = kLoops ? partial_dot<Traits>(packs[r], query) : dots[r];
                 dot(r, k) = partial_dot<Traits>(packs[r], gradient);
               }
             }
@@ -187,15 +198,18 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, 1) pool_backward(const Ba
               if constexpr (kLoops) load_rows(bag, query_of(k));
 #pragma unroll
               for (int r = 0; r < kRows; ++r) {
+                const int i = base + r * team.count;
                 if (kept >> (r * kQueries + k) & 1) {
 #pragma unroll
                   for (int c = 0; c < kChannels; ++c) {
                     token_grad[r][c] += score(r, k) * gradient[c];
-                    if constexpr (kAttention) token_grad[r][c] += dot(r, k) * query[c];
+                    if constexpr (kAttention && kLoops) token_grad[r][c] += dot(r, k) * query[c];
+                    if constexpr (kAttention && !kLoops) token_grad[r][c] += dot(r, k) * only_query.at(0, c);
                   }
-                }
-                if constexpr (!kLoops) {
-                  if (base + r * team.count < stop) store_token(first + base + r * team.count, token_grad[r]);
+                  if (!kLoops && i < stop) store_token(first + i, token_grad[r]);
+                } else if (!kLoops && i < stop) {
+                  const A zeros[kChannels] = {};
+                  store_token(first + i, zeros);
                 }
               }
             }
@@ -211,7 +225,7 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, 1) pool_backward(const Ba
         }
       },
       [&](int begin, int stop) {
-        A zeros[kChannels] = {};
+        const A zeros[kChannels] = {};
         for (int i = begin + team.row; i < stop; i += team.count) {
           if (args.grad_tokens != nullptr) store_token(first + i, zeros);
           for (int64_t k = 0; writes_scores && k < queries; ++k) {

@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, 1) pool_forward(const For
 
   const SlotArray<A> block_slots{
       static_cast<A*>(args.slot_stats), static_cast<A*>(args.slot_sums), queries, plan.padded_channels};
-  const SharedLayout<Traits> layout(plan, false);
+  const SharedLayout<Traits> layout(plan, kAttention, false);
   const SlotArray<A> worker_slots{shared + layout.stats, shared + layout.sums, kQueries, plan.padded_channels};
   int64_t* worker_bags = reinterpret_cast<int64_t*>(shared + layout.bags) + worker * kSlots;
   if (threadIdx.x == 0 && query0 == 0 && blockIdx.y == 0) args.crossing[block] = -1;
@@ -220,17 +220,16 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, 1) pool_forward(const For
     }
   }
 
-  constexpr bool kShared = kAttention && Traits::kAccess == Access::kMany;
-  A query[Traits::kChannels];
+  const SharedQuery<Traits> query(shared + layout.query, team);
   if constexpr (kAttention) {
-    for (int k = 0; k < kQueries; ++k) {
+    for (int k = 0; k < kQueries && static_cast<int>(threadIdx.x) < team.size; ++k) {
+      A channels[Traits::kChannels];
       // A query past the last one repeats it: its results are not stored.
       const int64_t row = query0 + k < queries ? query0 + k : queries - 1;
-      load_query<Traits>(query, args.query, row * args.channels + map.base, map);
-      if (kShared && static_cast<int>(threadIdx.x) < team.size)
-        share_query<Traits>(shared + layout.query, query, k, team);
+      load_query<Traits>(channels, args.query, row * args.channels + map.base, map);
+      query.store(k, channels);
     }
-    if (kShared) __syncthreads();
+    __syncthreads();
   }
 
   PoolState<Traits> state;
@@ -244,18 +243,20 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, 1) pool_forward(const For
         const T* tokens = static_cast<const T*>(args.tokens.data) + args.tokens.layout.row(bags, bag, first) +
                           map.base * args.tokens.layout.inner;
         if constexpr (!kAttention && kQueries == 1) tokens += query0 * args.tokens.query;
-        const bool* mask = args.mask.data;
+        const auto* mask = reinterpret_cast<const unsigned char*>(args.mask.data);
         if (mask != nullptr) mask += args.mask.layout.row(bags, bag, first);
         const int64_t scores = kAttention ? 0 : args.scores.layout.row(bags, bag, first);
 
         for (int base = begin + team.row; base - team.row < stop; base += kRows * team.count) {
-          bool keep[kRows];
+          int keep[kRows];
           Pack<T, Traits::kPack> packs[kRows][Traits::kPacks];
           A score[kRows * kQueries];
 #pragma unroll
           for (int r = 0; r < kRows; ++r) {
             const int i = base + r * team.count;
-            keep[r] = i < stop && (mask == nullptr || mask[i * args.mask.layout.token]);
+            keep[r] = i < stop;
+            // Loaded as numbers, not tested one by one: the loads are to be under way together.
+            if (mask != nullptr && keep[r]) keep[r] = mask[i * args.mask.layout.token];
           }
 #pragma unroll
           for (int r = 0; r < kRows; ++r) {
@@ -265,9 +266,10 @@ __global__ void __launch_bounds__(Traits::kMaxThreads, 1) pool_forward(const For
           if constexpr (kAttention) {
 #pragma unroll
             for (int k = 0; k < kQueries; ++k) {
-              if constexpr (kShared) shared_query<Traits>(query, shared + layout.query, k, team);
+              A dots[kRows];
+              partial_dots<Traits>(dots, packs, query, k);
 #pragma unroll
-              for (int r = 0; r < kRows; ++r) score[r * kQueries + k] = partial_dot<Traits>(packs[r], query);
+              for (int r = 0; r < kRows; ++r) score[r * kQueries + k] = dots[r];
             }
             team.sum(score, shared + layout.exchange, turn);
 #pragma unroll

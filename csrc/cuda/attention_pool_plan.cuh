@@ -77,13 +77,13 @@ PoolPlan plan_pool(int64_t tokens, int64_t channels, int64_t queries) {
 
 // Shared memory of both passes, in elements of the accumulation type. Forward: slots of the
 // workers' partial states and the bags they belong to. Backward: the workers' sums for the query.
-// Blocks of one team have the exchange of Team::sum instead. Then come the queries of kMany.
+// Blocks of one team have the exchange of Team::sum instead. Then come the shared queries.
 template <typename Traits>
 struct SharedLayout {
   using A = typename Traits::A;
   int bags = 0, stats = 0, sums = 0, exchange = 0, query = 0, size = 0;
 
-  __host__ __device__ SharedLayout(const PoolPlan& plan, bool backward) {
+  __host__ __device__ SharedLayout(const PoolPlan& plan, bool attention, bool backward) {
     constexpr int kStep = 16 / sizeof(A);
     const int channels = plan.padded_channels;
     const auto take = [&](int count) {
@@ -101,13 +101,15 @@ struct SharedLayout {
       stats = take(2 * plan.workers * Traits::kQueries * 2);
       sums = take(2 * plan.workers * Traits::kQueries * channels);
     }
-    query = Traits::kAccess == Access::kMany && !backward ? take(Traits::kQueries * plan.team * Traits::kChannels) : 0;
+    if (attention && !(backward && Traits::kAccess != Access::kOne)) {
+      query = take(Traits::kQueries * plan.team * Traits::kChannels);
+    }
   }
 };
 
 template <typename Traits>
-size_t shared_bytes(const PoolPlan& plan, bool backward) {
-  return SharedLayout<Traits>(plan, backward).size * sizeof(typename Traits::A);
+size_t shared_bytes(const PoolPlan& plan, bool attention, bool backward) {
+  return SharedLayout<Traits>(plan, attention, backward).size * sizeof(typename Traits::A);
 }
 
 struct TokenRows {
@@ -172,40 +174,38 @@ __device__ __forceinline__ void load_query(
   }
 }
 
-// kMany keeps its queries in shared memory, by 16 bytes per thread so that banks do not conflict.
+// Queries that all tokens meet stay in shared memory, which saves registers: 16 bytes per thread
+// after those of the thread before, so that banks do not conflict.
 template <typename Traits>
-__device__ __forceinline__ void share_query(
-    typename Traits::A* shared, const typename Traits::A* query, int k, const Team& team) {
-  constexpr int kStep = 16 / sizeof(typename Traits::A);
-#pragma unroll
-  for (int c = 0; c < Traits::kChannels; c += kStep) {
-    store_channels<kStep>(shared + ((k * Traits::kChannels + c) * team.size + team.lane * kStep), query + c);
-  }
-}
+struct SharedQuery {
+  using A = typename Traits::A;
+  static constexpr int kStep = 16 / sizeof(A);
+  A* data;  // the thread's first 16 bytes
+  int team;
 
-template <typename Traits>
-__device__ __forceinline__ void shared_query(
-    typename Traits::A* query, const typename Traits::A* shared, int k, const Team& team) {
-  constexpr int kStep = 16 / sizeof(typename Traits::A);
+  __device__ SharedQuery(A* shared, const Team& team_) : data(shared + team_.lane * kStep), team(team_.size) {}
+
+  __device__ __forceinline__ A* part(int k, int c) const { return data + (k * Traits::kChannels + c) * team; }
+  __device__ __forceinline__ A at(int k, int c) const { return part(k, c - c % kStep)[c % kStep]; }
+
+  __device__ __forceinline__ void store(int k, const A* query) const {
 #pragma unroll
-  for (int c = 0; c < Traits::kChannels; c += kStep) {
-    const auto* from = shared + ((k * Traits::kChannels + c) * team.size + team.lane * kStep);
-#pragma unroll
-    for (int i = 0; i < kStep; ++i) query[c + i] = from[i];
+    for (int c = 0; c < Traits::kChannels; c += kStep) store_channels<kStep>(part(k, c), query + c);
   }
-}
+};
 
 // This thread's channels of one token, as stored; 0 when it is not to be read.
 template <typename Traits>
 __device__ __forceinline__ void load_token(
     Pack<typename Traits::T, Traits::kPack> (&packs)[Traits::kPacks], const typename Traits::T* row, int64_t inner,
     bool keep, const ChannelMap<Traits>& map) {
+  if (Traits::kPack > 1) inner = 1;
+  row += map.first * inner;
 #pragma unroll
   for (int p = 0; p < Traits::kPacks; ++p) {
     packs[p].clear();
-    if (keep && map.has(p)) {
-      packs[p] = load_pack<Traits::kPack>(row + (Traits::kPack > 1 ? map.channel(p) : map.channel(p) * inner));
-    }
+    if (keep && map.has(p)) packs[p] = load_pack<Traits::kPack>(row);
+    row += map.stride * inner;
   }
 }
 
@@ -219,14 +219,24 @@ __device__ __forceinline__ void forget_packs(Pack<typename Traits::T, Traits::kP
 template <typename Traits>
 __device__ __forceinline__ typename Traits::A partial_dot(
     const Pack<typename Traits::T, Traits::kPack> (&packs)[Traits::kPacks], const typename Traits::A* query) {
-  using A = typename Traits::A;
-  A sum = 0;
+  typename Traits::A sum = 0;
 #pragma unroll
-  for (int p = 0; p < Traits::kPacks; ++p) {
-#pragma unroll
-    for (int i = 0; i < Traits::kPack; ++i) sum += packs[p].get(i) * query[p * Traits::kPack + i];
-  }
+  for (int c = 0; c < Traits::kChannels; ++c) sum += packs[c / Traits::kPack].get(c % Traits::kPack) * query[c];
   return sum;
+}
+
+// The same for several tokens and shared query k, in the same order of additions.
+template <typename Traits, int kRows>
+__device__ __forceinline__ void partial_dots(
+    typename Traits::A (&sums)[kRows], const Pack<typename Traits::T, Traits::kPack> (&packs)[kRows][Traits::kPacks],
+    const SharedQuery<Traits>& query, int k) {
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) sums[r] = 0;
+#pragma unroll
+  for (int c = 0; c < Traits::kChannels; ++c) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) sums[r] += packs[r][c / Traits::kPack].get(c % Traits::kPack) * query.at(k, c);
+  }
 }
 
 }  // namespace fusefeat::cuda

@@ -187,6 +187,7 @@ struct Team {
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < kCount; ++i) values[i] = half[i];
+#pragma unroll 2
     for (int warp = 1; warp < warps; ++warp) {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) values[i] += half[warp * kCount + i];

@@ -31,8 +31,12 @@ struct dim3 {
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess };
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
+inline cudaError_t cudaGetLastError() {
+  return cudaSuccess;
+}
+inline const char* cudaGetErrorString(cudaError_t) {
+  return "no error";
+}
 
 #define threadIdx (cuda_on_cpu::scheduler().thread_index())
 #define blockIdx (cuda_on_cpu::scheduler().block_index)
@@ -51,7 +55,9 @@ inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
 
 namespace cuda_on_cpu {
 
-inline Index to_index(dim3 size) { return {size.x, size.y, size.z}; }
+inline Index to_index(dim3 size) {
+  return {size.x, size.y, size.z};
+}
 
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, const Arguments&... arguments) {
@@ -82,12 +88,18 @@ T shuffle(WarpOp op, unsigned mask, T value, int argument, int width) {
 }  // namespace cuda_on_cpu
 
 // The line tells barriers apart: all threads of a block must be at the same one.
-inline void __syncthreads(int line = __builtin_LINE()) { cuda_on_cpu::scheduler().barrier(0, line); }
+inline void __syncthreads(int line = __builtin_LINE()) {
+  cuda_on_cpu::scheduler().barrier(0, line);
+}
 inline int __syncthreads_count(int flag, int line = __builtin_LINE()) {
   return cuda_on_cpu::scheduler().barrier(flag, line);
 }
-inline int __syncthreads_or(int flag, int line = __builtin_LINE()) { return __syncthreads_count(flag, line) != 0; }
-inline int __syncthreads_and(int flag, int line = __builtin_LINE()) { return __syncthreads_count(!flag, line) == 0; }
+inline int __syncthreads_or(int flag, int line = __builtin_LINE()) {
+  return __syncthreads_count(flag, line) != 0;
+}
+inline int __syncthreads_and(int flag, int line = __builtin_LINE()) {
+  return __syncthreads_count(!flag, line) == 0;
+}
 
 inline void __syncwarp(unsigned mask = 0xffffffffu) {
   cuda_on_cpu::scheduler().warp(cuda_on_cpu::WarpOp::kSync, mask, 0, 0, 32);
@@ -95,8 +107,12 @@ inline void __syncwarp(unsigned mask = 0xffffffffu) {
 inline unsigned __ballot_sync(unsigned mask, int flag) {
   return static_cast<unsigned>(cuda_on_cpu::scheduler().warp(cuda_on_cpu::WarpOp::kBallot, mask, flag != 0, 0, 32));
 }
-inline int __any_sync(unsigned mask, int flag) { return __ballot_sync(mask, flag) != 0; }
-inline int __all_sync(unsigned mask, int flag) { return __ballot_sync(mask, !flag) == 0; }
+inline int __any_sync(unsigned mask, int flag) {
+  return __ballot_sync(mask, flag) != 0;
+}
+inline int __all_sync(unsigned mask, int flag) {
+  return __ballot_sync(mask, !flag) == 0;
+}
 
 template <typename T>
 T __shfl_sync(unsigned mask, T value, int lane, int width = 32) {
@@ -123,5 +139,9 @@ T __ldg(const T* from) {
   return *from;
 }
 
-inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __popc(unsigned x) {
+  return __builtin_popcount(x);
+}
+inline int __ffs(int x) {
+  return __builtin_ffs(x);
+}

@@ -17,6 +17,7 @@ enum Fault : int {
   kReturnedLane,
   kDifferentShuffles,
   kMisaligned,
+  kPastATensor,
 };
 
 constexpr int kThreads = 64;
@@ -52,7 +53,7 @@ __global__ void reverse(const float* in, float* out, int fault) {
     sum += 0 * __shfl_xor_sync(0xffffffffu, in[i], 1);
   }
   for (int j = 0; j < kThreads; ++j) sum += 0 * (fault == kNoBarrierDescending ? 0 : tail[j]);
-  out[i] = shared[kThreads - 1 - i] + sum;
+  out[fault == kPastATensor ? i + 1 : i] = shared[kThreads - 1 - i] + sum;
 }
 
 __global__ void shuffles(int* out) {

@@ -49,7 +49,9 @@ Scheduler& scheduler() {
 Scheduler::Scheduler() : main_(new MainContext) {}
 Scheduler::~Scheduler() = default;
 
-const Index& Scheduler::thread_index() const { return running_->index; }
+const Index& Scheduler::thread_index() const {
+  return running_->index;
+}
 
 void Scheduler::fail(const std::string& what) {
   if (failure_.empty()) failure_ = what;
