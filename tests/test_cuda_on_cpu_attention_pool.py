@@ -71,7 +71,9 @@ def close(actual, expected, name, dtype=None):
 class Pool:
     """One problem: forward and backward through the kernels, and through the reference in float64."""
 
-    def __init__(self, library, tokens, other, *, attention, mask=None, cu_seqlens=None, scale=1.0, reference_dtype=DOUBLE):
+    def __init__(
+        self, library, tokens, other, *, attention, mask=None, cu_seqlens=None, scale=1.0, reference_dtype=DOUBLE
+    ):
         self.library, self.tokens, self.other = library, tokens, other
         self.attention, self.mask, self.cu_seqlens, self.scale = attention, mask, cu_seqlens, scale
         self.reference_dtype = reference_dtype
@@ -431,8 +433,10 @@ def test_expanded(library, attention, queries):
     """Stride 0 in every input and incoming gradient."""
     query_axis = () if queries is None else (queries,)
     tokens = torch.randn(1, 30, 64).expand(4, 30, 64)
-    other = torch.randn(64).expand(*query_axis, 64) if attention else torch.randn(1, 30, *query_axis).expand(
-        4, 30, *query_axis
+    other = (
+        torch.randn(64).expand(*query_axis, 64)
+        if attention
+        else torch.randn(1, 30, *query_axis).expand(4, 30, *query_axis)
     )
     mask = (torch.rand(1, 30) > 0.3).expand(4, 30)
     pool = Pool(library, tokens, other, attention=attention, mask=mask, scale=0.2)
