@@ -23,15 +23,14 @@ from unittest import mock
 
 import torch
 import triton
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
 from fusefeat.triton import _attention_pool_backward as backward_kernels
 from fusefeat.triton import _attention_pool_forward as forward_kernels
 from fusefeat.triton import _attention_pool_tuning as tuning
 from fusefeat.triton import attention_pool as operators
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 KERNELS = {
     name: kernel
@@ -165,7 +164,8 @@ def all_cases(full: bool) -> list[tuple[Any, ...]]:
         (torch.float16, 600, None, False, False, True, (100,)),
         (torch.float64, 256, 2, False, False, False, (90,)),
     ]
-    return cases + [
+    return [
+        *cases,
         (torch.float32, 10, 2, True, False, False, (80,)),
         (torch.float32, 1024, 4, True, False, False, (100,)),
     ]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import importlib.util
 
 import torch
 
-if not torch.cuda.is_available():
-    # Triton kernels run in the interpreter, on CPU tensors; Triton decides that when a kernel is defined.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
+    import triton_interpreter  # noqa: F401

@@ -28,10 +28,6 @@ class Inputs:
     scale: float = 1.0
     grad_out: Callable[[Tensor], Tensor] = field(default=lambda g: g)
 
-    @property
-    def keywords(self) -> dict[str, Any]:
-        return {"mask": self.mask, "cu_seqlens": self.cu_seqlens}
-
 
 Maker = Callable[[torch.dtype], Inputs]
 ATTENTION: dict[str, Maker] = {}
@@ -325,23 +321,37 @@ def assert_close(actual: Tensor, exact: Tensor, tolerance: float, what: str) -> 
 Call = Callable[..., Any]
 
 
-def run(call: Call, inputs: Inputs, extra: dict[str, Any], grad_dtype: torch.dtype) -> dict[str, Tensor]:
+def on_device(tensor: Tensor | None, device: str) -> Tensor | None:
+    """A copy on another device with the same strides and storage offset."""
+    if tensor is None or device == "cpu":
+        return tensor
+    storage = torch.empty(0, dtype=tensor.dtype).set_(tensor.detach().untyped_storage())
+    return storage.to(device).as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
+
+
+def run(
+    call: Call, inputs: Inputs, extra: dict[str, Any], grad_dtype: torch.dtype, device: str = "cpu"
+) -> dict[str, Tensor]:
     """out, weights and all gradients of one call, for gradients drawn from a fixed seed."""
-    x, other = inputs.x.detach().requires_grad_(), inputs.other.detach().requires_grad_()
-    out, weights = call(x, other, **inputs.keywords, **extra, return_weights=True)
+    x, other, mask, cu_seqlens = (
+        on_device(t, device) for t in (inputs.x, inputs.other, inputs.mask, inputs.cu_seqlens)
+    )
+    x, other = x.detach().requires_grad_(), other.detach().requires_grad_()
+    keywords = {"mask": mask, "cu_seqlens": cu_seqlens, **extra}
+    out, weights = call(x, other, **keywords, return_weights=True)
     generator = torch.Generator().manual_seed(1)
     grads = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(grad_dtype) for t in (out, weights)]
-    cotangents = [inputs.grad_out(grads[0]).to(out.dtype), grads[1].to(weights.dtype)]
+    cotangents = [inputs.grad_out(grads[0].to(device)).to(out.dtype), grads[1].to(device, weights.dtype)]
     result = {"out": out, "weights": weights}
     result["grad x"], result["grad other"] = torch.autograd.grad([out, weights], [x, other], cotangents)
-    out_alone = call(x, other, **inputs.keywords, **extra)
+    out_alone = call(x, other, **keywords)
     only_out = torch.autograd.grad(out_alone, [x, other], cotangents[0])
     result["out without weights"] = out_alone
     result["grad x of out alone"], result["grad other of out alone"] = only_out
-    return {name: tensor.detach() for name, tensor in result.items()}
+    return {name: tensor.detach().cpu() for name, tensor in result.items()}
 
 
-def compare(call: Call, function: Call, inputs: Inputs, with_scale: bool) -> None:
+def compare(call: Call, function: Call, inputs: Inputs, with_scale: bool, device: str = "cpu") -> None:
     """Hold ``call`` to the reference backend of ``function`` in float64 on the same (already rounded) inputs.
 
     Four times the error that the reference itself makes in the type at hand is allowed where that is more: these
@@ -352,7 +362,7 @@ def compare(call: Call, function: Call, inputs: Inputs, with_scale: bool) -> Non
     double = Inputs(**{**inputs.__dict__, "x": inputs.x.double(), "other": inputs.other.double()})
     exact = run(functools.partial(function, backend="reference"), double, extra, narrow)
     plain = run(functools.partial(function, backend="reference"), inputs, extra, narrow)
-    for name, tensor in run(call, inputs, extra, narrow).items():
+    for name, tensor in run(call, inputs, extra, narrow, device).items():
         of_other = name.startswith("grad other") or (name == "weights" and not with_scale)
         want = inputs.other.dtype if of_other else narrow
         assert tensor.dtype == want, f"{name}: dtype {tensor.dtype}, expected {want}"

@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 from cuda_on_cpu.build import NAMESPACE, ROOT, build, compiler
-
 from fusefeat.reference import attention_pool as reference
 
 HALF, BF16, FLOAT, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
-
 import triton_interpreter  # noqa: F401 - before fusefeat.triton
 from fusefeat.reference import attention_pool as reference
 from fusefeat.triton import _attention_pool_tuning as tuning
 from fusefeat.triton import attention_pool as operators
 from fusefeat.triton._launch import INTERPRETED
+from torch import Tensor
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="triton was imported without TRITON_INTERPRET=1")
 

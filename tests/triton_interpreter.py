@@ -1,13 +1,20 @@
-"""Import this before fusefeat.triton: kernels then run in Triton's interpreter, on CPU tensors."""
+"""Import this before fusefeat.triton: kernels then run in Triton's interpreter, on CPU tensors.
+
+Where there is a GPU the kernels run on it, in the same process: modules that want the interpreter are skipped.
+"""
 
 from __future__ import annotations
 
 import os
 from typing import Any
 
-os.environ["TRITON_INTERPRET"] = "1"
-
 import pytest
+import torch
+
+if torch.cuda.is_available():
+    pytest.skip("the kernels run on the GPU here", allow_module_level=True)
+
+os.environ["TRITON_INTERPRET"] = "1"
 
 interpreter = pytest.importorskip("triton.runtime.interpreter")
 _patch_lang_tensor = interpreter._patch_lang_tensor

@@ -6,12 +6,13 @@ ds = p (dp - delta); grad_x = sum_k p grad_out + scale ds query; grad_query = sc
 
 import triton
 import triton.language as tl
+
 from fusefeat.triton._attention_pool_forward import (
+    final_weight,
     kept_tokens,
     load_scores,
     load_tokens,
     load_vectors,
-    final_weight,
 )
 from fusefeat.triton._partition import bag_rows, cut_point
 

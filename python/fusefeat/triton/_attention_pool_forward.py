@@ -6,6 +6,7 @@ it and loads VEC elements at once. A score of -inf marks a token that is not the
 
 import triton
 import triton.language as tl
+
 from fusefeat.triton._partition import bag_rows, bags_of_rows, block_of_bag_start, cut_point
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-
 from triton import knobs
 
 INTERPRETED: bool = knobs.runtime.interpret
@@ -31,7 +30,7 @@ def triton_operator(name: str) -> Callable[[Callable[..., Any]], Any]:
     return register
 
 
-class wrap_triton:  # noqa: N801 - torch finds the kernels of an operator by calls of this name
+class wrap_triton:
     """`torch.library.wrap_triton` that also takes interpreted kernels and launches on the tensors' device."""
 
     def __init__(self, kernel: Any) -> None:

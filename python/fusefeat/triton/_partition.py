@@ -51,7 +51,7 @@ def cut_point(cu_ptr, cu_step, item, bags, tokens, PACKED: tl.constexpr):
 @triton.jit
 def block_of_bag_start(cu_ptr, cu_step, bag, tokens, block_items, PACKED: tl.constexpr):
     """The program that meets the first item of a bag."""
-    start, end = bag_rows(cu_ptr, cu_step, bag, tokens, PACKED)
+    start, _end = bag_rows(cu_ptr, cu_step, bag, tokens, PACKED)
     return (start + bag) // block_items
 
 
