@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import fusefeat
 import torch
+from fusefeat.backends import choose
 from harness import Run, bounded_compile, interleaved, table
 from matplotlib import colormaps, patches
 from matplotlib import pyplot as plt
@@ -41,7 +42,7 @@ def attention_picture(path: Path, bags: Bags, probabilities: Tensor, weights: Te
         title = f"{'contains a 9' if label else 'no 9'} · predicted P(9) = {probability:.3f}"
         panel.suptitle(title, fontsize=13, fontweight="bold", color=RIGHT if (probability > 0.5) == label else WRONG)
         draw_bag(panel, bags.images[part].cpu(), bags.digits[part].cpu(), weights[part].cpu())
-    figure.supxlabel("frame and number: attention · blue: the digit is a 9, which training never says", fontsize=9)
+    figure.supxlabel("frame and number: attention · blue number: a 9 (training knows labels of bags only)", fontsize=9)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -113,7 +114,8 @@ def speed_table(run: Run, model: BagClassifier, bags: Bags, step: Step) -> tuple
     caption = (
         f"{len(bags.labels)} bags, {len(bags.images)} digits, {tokens.shape[1]} channels on {run.device}, "
         f"{torch.get_num_threads()} threads; medians of {pooling['fusefeat'].rounds} and {whole['fusefeat'].rounds} "
-        f"rounds; the pooling is {100 * ours[0] / ours[1]:.0f} % of our step"
+        f"rounds; fusefeat's backend is {choose('softmax_pool', None, tokens)}, its pooling "
+        f"{100 * ours[0] / ours[1]:.0f} % of the step"
     )
     text = "\n".join([caption, table(header, rows), *reasons])
     return text, {name: {"pooling": pooling[name].median, "step": whole[name].median} for name in pools}
@@ -128,8 +130,8 @@ def plain_pools(pool: nn.Module, cu_seqlens: Tensor) -> dict[str, nn.Module]:
     linears = pool.linear_in, pool.linear_out
     return {
         "eager, packed": PlainAttentionPool(*linears, packed, factorised=False),
-        "eager, padded": PlainAttentionPool(*linears, padded, factorised=False),
         "eager, packed, factorised like ours": PlainAttentionPool(*linears, packed, factorised=True),
+        "eager, padded": PlainAttentionPool(*linears, padded, factorised=False),
     }
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import math
 import os
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,3 +107,45 @@ def test_bags_resume_refuses_other_settings(attention_bags: Path) -> None:
     other_seed = example("bags", attention_bags, "--resume", "--seed", "1")
     assert other_seed.returncode == 1
     assert "checkpoint.pt was made with seed=0, not 1" in other_seed.stderr
+
+
+@pytest.fixture
+def harness(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    return importlib.import_module("harness")
+
+
+def test_only_full_runs_must_reach_their_goal(harness: Any, tmp_path: Path) -> None:
+    arguments = harness.parser("name", "", epochs=3, batch_size=1, lr=0.1)
+    full = harness.Run(arguments.parse_args(["--out", str(tmp_path)]))
+    full.require("AUC", 0.95, 0.95)
+    with pytest.raises(SystemExit, match=r"AUC is 0\.9400, expected at least 0\.95"):
+        full.require("AUC", 0.94, 0.95)
+    smoke = harness.Run(arguments.parse_args(["--out", str(tmp_path), "--smoke"]))
+    assert (full.args.epochs, smoke.args.epochs) == (3, 2)
+    smoke.require("AUC", 0.5, 0.95)
+    with pytest.raises(SystemExit, match="AUC is nan"):
+        smoke.require("AUC", math.nan, 0.95)
+
+
+def test_compilation_gives_up_with_a_reason(harness: Any) -> None:
+    def fails(compiled: object) -> None:
+        raise RuntimeError("no compiler\nlong story")
+
+    assert harness.bounded_compile(torch.sin, fails, seconds=60) == "RuntimeError: no compiler"
+    finished = []
+
+    def takes_long(compiled: object) -> None:
+        time.sleep(60)
+        finished.append(compiled)
+
+    assert harness.bounded_compile(torch.sin, takes_long, seconds=0.1) == "not compiled within 0.1 s"
+    assert not finished
+
+
+def test_timing_takes_turns(harness: Any) -> None:
+    calls: list[str] = []
+    candidates = {name: partial(calls.append, name) for name in "abc"}
+    timings = harness.interleaved(candidates, torch.device("cpu"), seconds=0.0)
+    assert "".join(calls) == "aabbcc" + "abc" + "bca" + "cab"
+    assert all(timing.rounds == 3 and timing.low <= timing.median <= timing.high for timing in timings.values())

@@ -62,7 +62,7 @@ def bounded_compile(function: T, warm_up: Callable[[T], object], *, seconds: flo
     except Exception as error:
         # Whatever goes wrong in a compiler (no g++, no time, a bug) must cost the caller one row of a table only.
         if time.perf_counter() - start >= seconds:
-            return f"not compiled within {seconds:.0f} s"
+            return f"not compiled within {seconds:.1f} s"
         lines = str(error).strip().splitlines()
         return f"{type(error).__name__}: {lines[0] if lines else ''}"
     return compiled
