@@ -26,7 +26,7 @@ struct Bags {
   __device__ __forceinline__ int64_t start(int64_t bag) const { return offset(bag); }
   __device__ __forceinline__ int64_t end(int64_t bag) const { return offset(bag + 1); }
 
-  // A worker's share of `length` tokens from `first` on.
+  // Where a range of tokens that may reach past the last one ends.
   __device__ __forceinline__ int64_t limit(int64_t token) const { return token < tokens ? token : tokens; }
 
   // The number of bags that end at or before `token`; the whole warp asks for the same token, and
@@ -46,7 +46,7 @@ struct Bags {
     return low;
   }
 
-  // Calls segment(bag, begin, end) for the part of each non-empty bag within [first, first + count),
+  // Calls segment(bag, begin, end) for the part of each non-empty bag within [first, first + length),
   // and gap(begin, end) for tokens outside of all bags: every token exactly once, in order. begin
   // and end count from first; 32 bits hold them, which saves the kernels registers.
   template <typename Segment, typename Gap>
