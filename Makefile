@@ -35,7 +35,7 @@ demo: build
 	$(RUN) examples/bags.py $(ARGS)
 
 test: build
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest -n auto --dist loadfile $(ARGS)
 
 benchmark: build
 	$(RUN) -m benchmarks $(ARGS)

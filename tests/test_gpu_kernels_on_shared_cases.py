@@ -1,4 +1,4 @@
-"""The GPU kernels on the list of cases that all backends share, without a GPU: Triton's interpreter, CUDA on the CPU."""
+"""The GPU kernels on the shared cases without a GPU: in Triton's interpreter, and CUDA on the CPU."""
 
 from __future__ import annotations
 

@@ -37,6 +37,19 @@ def attention_pool(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@overload
+def attention_pool(
+    x: Tensor,
+    query: Tensor,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    scale: float = 1.0,
+    return_weights: bool,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
 def attention_pool(
     x: Tensor,
     query: Tensor,
@@ -123,6 +136,18 @@ def softmax_pool(
     return_weights: Literal[True],
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def softmax_pool(
+    values: Tensor,
+    scores: Tensor,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    return_weights: bool,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def softmax_pool(
