@@ -100,9 +100,9 @@ def check(
     names = ("out", "lse", "weights", "grad_x", "grad_minor")
     assert results[1].dtype == torch.float64
     # lse is float64, and as accurate as sums in the accumulation type are.
-    results = results[0], results[1].to(acc), results[2]
+    compared = results[0], results[1].to(acc), results[2], *grads
     dtypes = (acc, acc, acc, x.dtype, minor.dtype)
-    for i, (name, got) in enumerate(zip(names, (*results, *grads), strict=True)):
+    for i, (name, got) in enumerate(zip(names, compared, strict=True)):
         assert got.is_contiguous()
         if name != "weights" or with_weights:
             assert_near(name, got, want[i], eager[i], dtypes[i], floor)
