@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
+#include <new>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -32,5 +34,23 @@ inline bool stream_output(const void* data, int64_t row_bytes, int64_t bytes) {
   constexpr int64_t line = 64;
   return bytes >= worthwhile && row_bytes % line == 0 && reinterpret_cast<uintptr_t>(data) % line == 0;
 }
+
+// Uninitialised memory for the kernels, aligned to cache lines.
+class Buffer {
+ public:
+  explicit Buffer(int64_t bytes) {
+    if (bytes <= 0) return;
+    data_.reset(static_cast<char*>(::operator new(static_cast<size_t>(bytes), alignment)));
+    advise_huge_pages(data_.get(), bytes);
+  }
+  char* get() const { return data_.get(); }
+
+ private:
+  static constexpr std::align_val_t alignment{64};
+  struct Free {
+    void operator()(char* data) const { ::operator delete(data, alignment); }
+  };
+  std::unique_ptr<char, Free> data_;
+};
 
 }  // namespace fusefeat::cpu

@@ -34,7 +34,7 @@ struct Chunk {
   int64_t begin, rows, strips;
 };
 
-struct ForwardArgs {
+struct SharedForwardArgs {
   Logits logits;
   Chunk chunk;
   int64_t depth_begin, depth_end;
@@ -46,7 +46,7 @@ struct ForwardArgs {
   void* dot;
   void* excess;      // or null
   int32_t* fired;    // [groups of the chunk][features], or null
-  void* kept;        // acc, in strips of 128 bytes: [rows / 32][features][32] in float
+  void* kept;        // acc, logits of the first rows in strips of 128 bytes: [rows / 32][features][32] in float
   int64_t kept_rows;
   // acc [rows], padded to whole strips
   const void* row_weight;
@@ -61,7 +61,7 @@ struct ForwardArgs {
 
 enum class Gradient : int { penalty, clamp, assignment, activation };
 
-struct BackwardArgs {
+struct SharedBackwardArgs {
   Logits logits;
   Chunk chunk;
   Gradient kind;
@@ -69,7 +69,8 @@ struct BackwardArgs {
   const void* packed;       // as in the forward
   const void* packed_rows;  // [channels / strip][rows of the chunk][strip]
   void* tile;               // logits of the chunk, unless kept
-  const void* kept;         // logits of all rows in the layout of the forward, or null
+  const void* kept;         // logits of the first kept_rows rows as the forward left them; null: in tile
+  int64_t kept_rows;
   void* dots;               // per feature block and lane: sum of probability times incoming gradient; or null
   const void* grad_prob_sum;  // acc [features], or null
   // acc [rows], padded to whole strips: dz = P (log_scale log P + offset + prob_scale grad_prob_sum) + excess_grad
@@ -98,16 +99,16 @@ struct SharedKernels {
   int64_t (*worker_bytes)(const Logits&);
   void (*pack_transposed)(const Logits&, const Chunk&, int64_t strip, int64_t begin, int64_t end, void* to);
   void (*pack_rows)(const Logits&, const Chunk&, int64_t strip, int64_t begin, int64_t end, void* to);
-  void (*forward_task)(const ForwardArgs&, int64_t block, int64_t group, void* scratch);
-  void (*combine_strip)(const ForwardArgs&, int64_t strip);
-  void (*column_sums)(const ForwardArgs&, int64_t begin, int64_t end);
-  void (*write_assignment)(const ForwardArgs&, int64_t block, int64_t group, void* scratch);
-  void (*logits_task)(const BackwardArgs&, int64_t block, int64_t group, void* scratch);
-  void (*dots_task)(const BackwardArgs&, int64_t block, int64_t group, void* scratch);
-  void (*combine_dots)(const BackwardArgs&, int64_t strip);
-  void (*gradient_task)(const BackwardArgs&, int64_t part, int64_t sum, void* scratch);
+  void (*forward_task)(const SharedForwardArgs&, int64_t block, int64_t group, void* scratch);
+  void (*combine_strip)(const SharedForwardArgs&, int64_t strip);
+  void (*column_sums)(const SharedForwardArgs&, int64_t begin, int64_t end);
+  void (*write_assignment)(const SharedForwardArgs&, int64_t block, int64_t group, void* scratch);
+  void (*logits_task)(const SharedBackwardArgs&, int64_t block, int64_t group, void* scratch);
+  void (*dots_task)(const SharedBackwardArgs&, int64_t block, int64_t group, void* scratch);
+  void (*combine_dots)(const SharedBackwardArgs&, int64_t strip);
+  void (*gradient_task)(const SharedBackwardArgs&, int64_t part, int64_t sum, void* scratch);
   // Sums the parts of one row's gradient; `to` holds the channels of the depth block.
-  void (*write_row)(const BackwardArgs&, int64_t row, void* to, Scalar type);
+  void (*write_row)(const SharedBackwardArgs&, int64_t row, void* to, Scalar type);
   // Sums `count` arrays that lie `stride` apart over [0, length).
   void (*write_sums)(const void* from, int64_t count, int64_t stride, int64_t length, void* to, Scalar type);
 };

@@ -87,21 +87,24 @@ inline void logits_tile(
   });
 }
 
-// Kept logits lie in strips of 128 bytes on every instruction set.
+// Kept logits lie in strips of 128 bytes on every instruction set, the last one as narrow as its rows.
 template <typename A>
-constexpr int kKeptStrip = 128 / static_cast<int>(sizeof(A));
+struct KeptStrip {
+  int64_t offset, width;
 
-template <typename A>
-inline int64_t kept_offset(int64_t features, int64_t row, int64_t feature) {
-  return (row / kKeptStrip<A> * features + feature) * kKeptStrip<A> + row % kKeptStrip<A>;
-}
+  KeptStrip(int64_t features, int64_t rows, int64_t row, int64_t feature) {
+    constexpr int64_t full = 128 / static_cast<int64_t>(sizeof(A));
+    const int64_t head = row / full * full;
+    width = min_of(full, rows - head);
+    offset = head * features + feature * width + row - head;
+  }
+};
 
 // -1 in the lanes of a strip that hold a row.
 template <typename A>
 inline void valid_lanes(int64_t rows, IntOf<A> (&valid)[2]) {
-  for (int j = 0; j < 2; ++j) {
-    for (int i = 0; i < kLanes<A>; ++i) valid[j][i] = j * kLanes<A> + i < rows ? -1 : 0;
-  }
+  const IntOf<A> lane = iota<A>();
+  for (int j = 0; j < 2; ++j) valid[j] = lane + j * kLanes<A> < static_cast<int>(rows);
 }
 
 template <typename A>

@@ -7,7 +7,7 @@
 namespace fusefeat {
 namespace {
 
-using cpu::BackwardArgs;
+using cpu::SharedBackwardArgs;
 using cpu::Gradient;
 
 // Two vectors of per-row values of one strip; zeros without an array.
@@ -29,24 +29,38 @@ struct Tile {
   int64_t stride;
 };
 
+// Kept rows that do not fill their strip are copied to `scratch`.
 template <typename A>
-inline Tile<A> logits_of(const BackwardArgs& args, int64_t strip, int64_t begin) {
-  const int64_t features = args.logits.features;
-  if (args.kept == nullptr) return {static_cast<const A*>(args.tile) + (strip * features + begin) * kStrip<A>, kStrip<A>};
-  const int64_t row = args.chunk.begin + strip * kStrip<A>;
-  return {static_cast<const A*>(args.kept) + kept_offset<A>(features, row, begin), kKeptStrip<A>};
+inline Tile<A> logits_of(const SharedBackwardArgs& args, int64_t strip, int64_t begin, int64_t features, A* scratch) {
+  constexpr int width = kStrip<A>, lanes = kLanes<A>;
+  if (args.kept == nullptr) {
+    return {static_cast<const A*>(args.tile) + (strip * args.logits.features + begin) * width, width};
+  }
+  const KeptStrip<A> at(args.logits.features, args.kept_rows, args.chunk.begin + strip * width, begin);
+  const A* kept = static_cast<const A*>(args.kept) + at.offset;
+  const int64_t rows = rows_of_strip<A>(args.chunk, strip);
+  if (rows == width) return {kept, at.width};
+  for (int64_t f = 0; f < features; ++f) {
+    for (int j = 0; j < 2; ++j) {
+      const int64_t left = rows - j * lanes;
+      const A* from = kept + f * at.width + j * lanes;
+      const VecOf<A> v = left >= lanes ? load(from) : left > 0 ? load_part(from, static_cast<int>(left)) : VecOf<A>{};
+      store(scratch + f * width + j * lanes, v);
+    }
+  }
+  return {scratch, width};
 }
 
 template <typename A>
 inline void matrix_block(
-    const BackwardArgs& args, const Matrix& matrix, int64_t strip, int64_t begin, int64_t features, A* tile) {
+    const SharedBackwardArgs& args, const Matrix& matrix, int64_t strip, int64_t begin, int64_t features, A* tile) {
   const int64_t row = args.chunk.begin + strip * kStrip<A>;
   matrix_to_tile<A>(matrix, row, rows_of_strip<A>(args.chunk, strip), begin, features, tile);
 }
 
 // sum_f P g per lane.
 template <typename A>
-inline void block_dots(const BackwardArgs& args, int64_t strip, int64_t begin, int64_t features, A* scratch, A* dots) {
+inline void block_dots(const SharedBackwardArgs& args, int64_t strip, int64_t begin, int64_t features, A* scratch, A* dots) {
   constexpr int lanes = kLanes<A>;
   VecOf<A> sum[2] = {};
   if (args.kind == Gradient::assignment) {
@@ -60,7 +74,7 @@ inline void block_dots(const BackwardArgs& args, int64_t strip, int64_t begin, i
       }
     }
   } else {
-    const Tile<A> z = logits_of<A>(args, strip, begin);
+    const Tile<A> z = logits_of<A>(args, strip, begin, features, scratch);
     const Lanes<A> lse(args.row_lse, args.chunk.begin + strip * kStrip<A>);
     const A* grads = static_cast<const A*>(args.grad_prob_sum) + begin;
     for (int64_t f = 0; f < features; ++f) {
@@ -77,13 +91,13 @@ inline void block_dots(const BackwardArgs& args, int64_t strip, int64_t begin, i
 }
 
 template <typename A>
-inline A* dots_of(const BackwardArgs& args, int64_t block, int64_t strip) {
+inline A* dots_of(const SharedBackwardArgs& args, int64_t block, int64_t strip) {
   return static_cast<A*>(args.dots) + (block * args.chunk.strips + strip) * kStrip<A>;
 }
 
 // Logits of a block of features for a group of rows, into the chunk's tile.
 template <typename A, bool kPairs>
-void logits_task(const BackwardArgs& args, int64_t block, int64_t group, void* scratch) {
+void logits_task(const SharedBackwardArgs& args, int64_t block, int64_t group, void* scratch) {
   const Logits& logits = args.logits;
   const int64_t begin = block * logits.block, features = min_of(logits.block, logits.features - begin);
   const int64_t group_strips = logits.group / kStrip<A>;
@@ -102,7 +116,7 @@ void logits_task(const BackwardArgs& args, int64_t block, int64_t group, void* s
 }
 
 template <typename A, bool kPairs>
-void dots_task(const BackwardArgs& args, int64_t block, int64_t group, void* scratch) {
+void dots_task(const SharedBackwardArgs& args, int64_t block, int64_t group, void* scratch) {
   const Logits& logits = args.logits;
   const int64_t begin = block * logits.block, features = min_of(logits.block, logits.features - begin);
   const int64_t group_strips = logits.group / kStrip<A>;
@@ -113,7 +127,7 @@ void dots_task(const BackwardArgs& args, int64_t block, int64_t group, void* scr
 }
 
 template <typename A, bool kPairs>
-void combine_dots(const BackwardArgs& args, int64_t strip) {
+void combine_dots(const SharedBackwardArgs& args, int64_t strip) {
   const int64_t blocks = blocks_of(args.logits.features, args.logits.block), row = args.chunk.begin + strip * kStrip<A>;
   for (int j = 0; j < 2; ++j) {
     const int64_t at = row + j * kLanes<A>;
@@ -128,7 +142,7 @@ void combine_dots(const BackwardArgs& args, int64_t strip) {
 // The gradient of the logits times margin, of one strip.
 template <typename A>
 inline void logit_gradient(
-    const BackwardArgs& args, int64_t strip, int64_t begin, int64_t features, A* scratch, A* to) {
+    const SharedBackwardArgs& args, int64_t strip, int64_t begin, int64_t features, A* scratch, A* to) {
   constexpr int lanes = kLanes<A>;
   const int64_t row = args.chunk.begin + strip * kStrip<A>;
   const A margin = static_cast<A>(args.logits.margin);
@@ -148,7 +162,7 @@ inline void logit_gradient(
     }
     return;
   }
-  const Tile<A> z = logits_of<A>(args, strip, begin);
+  const Tile<A> z = logits_of<A>(args, strip, begin, features, scratch);
   if (args.kind == Gradient::activation) {
     for (int64_t f = 0; f < features; ++f) {
       for (int j = 0; j < 2; ++j) {
@@ -224,7 +238,7 @@ struct GradientTiles {
 
 template <typename A, bool kPairs>
 inline void add_row_gradients(
-    const BackwardArgs& args, const GradientTiles<A, kPairs>& tiles, const A* weights, int64_t part, int64_t begin_strip,
+    const SharedBackwardArgs& args, const GradientTiles<A, kPairs>& tiles, const A* weights, int64_t part, int64_t begin_strip,
     int64_t end_strip, bool first) {
   constexpr int strip = kStrip<A>;
   const int64_t rows = args.chunk.strips * strip, depth = tiles.feature_pairs();
@@ -256,7 +270,7 @@ inline void add_row_gradients(
 
 template <typename A, bool kPairs>
 inline void add_weight_gradient(
-    const BackwardArgs& args, const GradientTiles<A, kPairs>& tiles, int64_t begin, int64_t sum_index,
+    const SharedBackwardArgs& args, const GradientTiles<A, kPairs>& tiles, int64_t begin, int64_t sum_index,
     int64_t begin_strip, int64_t end_strip, bool first) {
   constexpr int strip = kStrip<A>, run = GradientTiles<A, kPairs>::run;
   const Logits& logits = args.logits;
@@ -281,7 +295,7 @@ inline void add_weight_gradient(
 }
 
 template <typename A, bool kPairs>
-void gradient_task(const BackwardArgs& args, int64_t part, int64_t sum, void* scratch) {
+void gradient_task(const SharedBackwardArgs& args, int64_t part, int64_t sum, void* scratch) {
   constexpr int strip = kStrip<A>;
   const Logits& logits = args.logits;
   const int64_t group_strips = logits.group / strip, groups = blocks_of(args.chunk.strips, group_strips);
@@ -332,7 +346,7 @@ void gradient_task(const BackwardArgs& args, int64_t part, int64_t sum, void* sc
 }
 
 template <typename A, bool kPairs>
-void write_row(const BackwardArgs& args, int64_t row, void* to, Scalar type) {
+void write_row(const SharedBackwardArgs& args, int64_t row, void* to, Scalar type) {
   constexpr int strip = kStrip<A>, lanes = kLanes<A>;
   const int64_t rows = args.chunk.strips * strip, channels = args.depth_end - args.depth_begin;
   const int64_t channel_strips = blocks_of(channels, strip);

@@ -6,7 +6,7 @@
 namespace fusefeat {
 namespace {
 
-using cpu::ForwardArgs;
+using cpu::SharedForwardArgs;
 
 // max(z - margin, 0) per lane and, per feature, how many of the strip's rows have z > margin.
 template <typename A>
@@ -83,17 +83,26 @@ void pack_rows(const Logits& logits, const Chunk& chunk, int64_t strip, int64_t 
 }
 
 template <typename A>
-inline void keep_strip(const ForwardArgs& args, int64_t row, int64_t feature, int64_t features, const A* z) {
-  A* kept = static_cast<A*>(args.kept) + kept_offset<A>(args.logits.features, row, feature);
+inline void keep_strip(const SharedForwardArgs& args, int64_t row, int64_t feature, int64_t features, const A* z) {
+  const KeptStrip<A> at(args.logits.features, args.kept_rows, row, feature);
+  A* kept = static_cast<A*>(args.kept) + at.offset;
+  const int64_t rows = min_of(kStrip<A>, args.kept_rows - row);
   for (int64_t f = 0; f < features; ++f) {
-    store(kept + f * kKeptStrip<A>, load(z + f * kStrip<A>));
-    store(kept + f * kKeptStrip<A> + kLanes<A>, load(z + f * kStrip<A> + kLanes<A>));
+    for (int j = 0; j < 2; ++j) {
+      const VecOf<A> v = load(z + f * kStrip<A> + j * kLanes<A>);
+      const int64_t left = rows - j * kLanes<A>;
+      if (left >= kLanes<A>) {
+        store(kept + f * at.width + j * kLanes<A>, v);
+      } else if (left > 0) {
+        store_part(kept + f * at.width + j * kLanes<A>, v, static_cast<int>(left));
+      }
+    }
   }
 }
 
 // The logits of a block of features for a group of rows, and with the last channels what is wanted of them.
 template <typename A, bool kPairs>
-void forward_task(const ForwardArgs& args, int64_t block, int64_t group, void* scratch) {
+void forward_task(const SharedForwardArgs& args, int64_t block, int64_t group, void* scratch) {
   constexpr int strip = kStrip<A>;
   const Logits& logits = args.logits;
   const int64_t begin = block * logits.block, features = min_of(logits.block, logits.features - begin);
@@ -117,7 +126,7 @@ void forward_task(const ForwardArgs& args, int64_t block, int64_t group, void* s
     const int64_t lane = (block * args.chunk.strips + s) * strip;
     if (row < args.kept_rows) keep_strip<A>(args, row, begin, features, z);
     if (args.excess != nullptr) {
-      IntOf<A> valid[2];
+      IntOf<A> valid[2] = {};
       valid_lanes<A>(rows_of_strip<A>(args.chunk, s), valid);
       clamp_statistics<A>(z, features, margin, valid, static_cast<A*>(args.excess) + lane, fired);
     }
@@ -141,7 +150,7 @@ void forward_task(const ForwardArgs& args, int64_t block, int64_t group, void* s
 
 // Rows' entropy and lse from the blocks; afterwards `peak` holds what turns a block's e into w P.
 template <typename A, bool kPairs>
-void combine_strip(const ForwardArgs& args, int64_t strip) {
+void combine_strip(const SharedForwardArgs& args, int64_t strip) {
   const Logits& logits = args.logits;
   const int64_t blocks = blocks_of(logits.features, logits.block), step = args.chunk.strips * kStrip<A>;
   for (int j = 0; j < 2; ++j) {
@@ -183,7 +192,7 @@ void combine_strip(const ForwardArgs& args, int64_t strip) {
 
 // prob_sum and fired_sum of features [begin, end), which lie in one block.
 template <typename A, bool kPairs>
-void column_sums(const ForwardArgs& args, int64_t begin, int64_t end) {
+void column_sums(const SharedForwardArgs& args, int64_t begin, int64_t end) {
   constexpr int strip = kStrip<A>, lanes = kLanes<A>, step = 8;
   const Logits& logits = args.logits;
   const int64_t groups = blocks_of(args.chunk.strips * strip, logits.group);
@@ -215,7 +224,7 @@ void column_sums(const ForwardArgs& args, int64_t begin, int64_t end) {
 }
 
 template <typename A, bool kPairs>
-void write_assignment(const ForwardArgs& args, int64_t block, int64_t group, void* scratch) {
+void write_assignment(const SharedForwardArgs& args, int64_t block, int64_t group, void* scratch) {
   constexpr int strip = kStrip<A>;
   const Logits& logits = args.logits;
   const int64_t begin = block * logits.block, features = min_of(logits.block, logits.features - begin);
