@@ -11,17 +11,16 @@ constexpr int64_t kMiB = 1 << 20;
 
 int64_t blocks_of(int64_t length, int64_t block) { return (length + block - 1) / block; }
 
-// Rows whose logits are in scratch at one time: what stays in the caches, but enough rows to be worth packing
-// the weight for, and never more than 32 MiB (or one strip, however long).
+// Rows whose logits are in scratch at one time: what stays in the caches, but enough rows to be worth reading
+// the weight for, in at most 48 MiB (or one strip, however long).
 int64_t chunk_rows(const SharedProblem& problem, int64_t rows, bool in_scratch) {
   const Logits& logits = problem.logits;
-  const int64_t strip = 64, row_bytes = logits.features * problem.acc_bytes();
-  int64_t limit = 4 * kMiB / (logits.depth_block * problem.acc_bytes());
+  const int64_t row_bytes = logits.features * problem.acc_bytes(), strip = 128 / problem.acc_bytes();
+  int64_t limit = 2 * kMiB / (logits.depth_block * problem.acc_bytes());
   if (in_scratch) {
-    const int64_t wanted = std::max(8 * kMiB / row_bytes, std::min<int64_t>(128, 32 * kMiB / row_bytes));
-    limit = std::min(limit, wanted);
+    limit = std::min(limit, std::max(2 * kMiB / row_bytes, std::min(logits.group, 48 * kMiB / row_bytes)));
   }
-  const int64_t step = limit >= logits.group ? logits.group : limit >= strip ? strip : problem.kernels->strip;
+  const int64_t step = limit >= logits.group ? logits.group : strip;
   limit = std::max(limit / step * step, step);
   const int64_t chunks = std::max<int64_t>(1, blocks_of(rows, limit));
   return blocks_of(blocks_of(rows, chunks), step) * step;
@@ -32,7 +31,7 @@ class Workers {
  public:
   explicit Workers(const SharedProblem& problem)
       : bytes_(problem.kernels->worker_bytes(problem.logits) / 64 * 64 + 64),
-        count_(std::clamp<int64_t>(16 * kMiB / bytes_, 1, torch::stable::get_num_threads())),
+        count_(std::clamp<int64_t>(6 * kMiB / bytes_, 1, torch::stable::get_num_threads())),
         scratch_(bytes_ * count_) {}
 
   // `work` in multiply-adds of all items together.
@@ -204,7 +203,7 @@ struct Partition {
   int64_t parts, sums;
 
   Partition(const SharedProblem& problem, const BackwardWishes& wishes, int64_t rows) {
-    constexpr int64_t tasks = 16, limit = 8 * kMiB;
+    constexpr int64_t tasks = 16, limit = 4 * kMiB;
     const Logits& logits = problem.logits;
     const Counts count(problem, chunk_at(problem, 0, rows));
     const int64_t weight_bytes = std::max<int64_t>(1, logits.features * logits.channels * problem.acc_bytes());

@@ -64,28 +64,27 @@ inline void multiply_columns(const A* a, const A* b, int64_t depth, VecOf<A> (&s
   }
 }
 
-// The first `columns` <= kStrip of kRows rows, `stride` apart.
+// Asks for the lines of a tile that is written once its product is done.
 template <typename A, int kRows>
-inline void load_tile(const A* from, int64_t stride, int columns, VecOf<A> (&sum)[kRows][2]) {
-  if (columns == kStrip<A>) {
+inline void prefetch_tile(const A* to, int64_t stride) {
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      sum[r][0] = load(from + r * stride);
-      sum[r][1] = load(from + r * stride + kLanes<A>);
-    }
-    return;
-  }
-  A row[kStrip<A>];
   for (int r = 0; r < kRows; ++r) {
-    for (int c = 0; c < kStrip<A>; ++c) row[c] = c < columns ? from[r * stride + c] : A{};
-    sum[r][0] = load(row);
-    sum[r][1] = load(row + kLanes<A>);
+    __builtin_prefetch(to + r * stride, 1);
+    __builtin_prefetch(to + r * stride + kLanes<A>, 1);
   }
 }
 
+// Stores the first `columns` <= kStrip of kRows rows, `stride` apart, added to what is there if `add`.
 template <typename A, int kRows>
-inline void store_tile(A* to, int64_t stride, int columns, const VecOf<A> (&sum)[kRows][2]) {
+inline void store_tile(A* to, int64_t stride, int columns, bool add, VecOf<A> (&sum)[kRows][2]) {
   if (columns == kStrip<A>) {
+    if (add) {
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        sum[r][0] += load(to + r * stride);
+        sum[r][1] += load(to + r * stride + kLanes<A>);
+      }
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       store(to + r * stride, sum[r][0]);
@@ -97,7 +96,7 @@ inline void store_tile(A* to, int64_t stride, int columns, const VecOf<A> (&sum)
   for (int r = 0; r < kRows; ++r) {
     store(row, sum[r][0]);
     store(row + kLanes<A>, sum[r][1]);
-    for (int c = 0; c < columns; ++c) to[r * stride + c] = row[c];
+    for (int c = 0; c < columns; ++c) to[r * stride + c] = add ? to[r * stride + c] + row[c] : row[c];
   }
 }
 

@@ -13,16 +13,15 @@ inline VecOf<A> exp_shifted(VecOf<A> x) {
   if constexpr (sizeof(A) == sizeof(float)) {
     // The second operand is what max gives for a NaN.
     x = (FloatVec)_mm512_max_ps(_mm512_set1_ps(-104.0f), (__m512)x);
-    const FloatVec magic = splat<float>(0x1.8p23f);
-    const FloatVec n = fma(x, splat<float>(0x1.715476p+0f), magic) - magic;
-    FloatVec r = fma(n, splat<float>(-0x1.62e4p-1f), x);
-    r = fma(n, splat<float>(-0x1.7f7d1cp-20f), r);
-    FloatVec p = splat<float>(0x1.6d444ep-10f);
-    p = fma(p, r, splat<float>(0x1.120c68p-7f));
-    p = fma(p, r, splat<float>(0x1.5554e8p-5f));
-    p = fma(p, r, splat<float>(0x1.5554dcp-3f));
-    p = fma(p, r, splat<float>(0.5f));
-    p = fma(p, r, splat<float>(1.0f));
+    const FloatVec t = x * 0x1.715476p+0f;  // 2^t
+    const FloatVec n = (FloatVec)_mm512_roundscale_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const FloatVec r = t - n;
+    FloatVec p = splat<float>(0x1.4440a4p-13f);
+    p = fma(p, r, splat<float>(0x1.5f095cp-10f));
+    p = fma(p, r, splat<float>(0x1.3b2a1ap-7f));
+    p = fma(p, r, splat<float>(0x1.c6af6cp-5f));
+    p = fma(p, r, splat<float>(0x1.ebfbep-3f));
+    p = fma(p, r, splat<float>(0x1.62e43p-1f));
     p = fma(p, r, splat<float>(1.0f));
     return (FloatVec)_mm512_scalef_ps((__m512)p, (__m512)n);
   }
@@ -69,12 +68,15 @@ inline void logits_tile(
   const A* bias = logits.bias == nullptr ? nullptr : static_cast<const A*>(logits.bias) + first_feature;
   for_row_tiles(features, [&]<int kRows>(int64_t f) {
     VecOf<A> sum[kRows][2];
-    if (from != nullptr) {
-      load_tile<A, kRows>(from + f * strip, strip, strip, sum);
-    } else {
-      clear_tile<A, kRows>(sum);
-    }
+    clear_tile<A, kRows>(sum);
     multiply_rows<A, kPairs, kRows, strip>(weights + f * strip, features * strip, rows, depth, sum);
+    if (from != nullptr) {
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        sum[r][0] += load(from + (f + r) * strip);
+        sum[r][1] += load(from + (f + r) * strip + kLanes<A>);
+      }
+    }
     if (last) {
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
@@ -83,7 +85,7 @@ inline void logits_tile(
         sum[r][1] = margin * (sum[r][1] + b);
       }
     }
-    store_tile<A, kRows>(to + f * strip, strip, strip, sum);
+    store_tile<A, kRows>(to + f * strip, strip, strip, false, sum);
   });
 }
 

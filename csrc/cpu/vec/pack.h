@@ -75,21 +75,32 @@ struct RowRange {
   bool is_weight;
   int64_t begin, count;  // rows at and past `count` are zero
 
+  // Which matrix, and which of its rows, holds a row of this range.
+  const Matrix& locate(int64_t& row) const {
+    row += begin;
+    if (is_weight) return logits->weight;
+    if (logits->used != nullptr) row = logits->used[row];
+    if (row < logits->context_rows) return logits->context;
+    row -= logits->context_rows;
+    return logits->input;
+  }
+
   template <typename A>
   void get(int64_t row, int64_t begin_column, int64_t columns, A* to) const {
     if (row >= count) {
       for (int64_t i = 0; i < columns; ++i) to[i] = A{};
       return;
     }
-    row += begin;
-    if (is_weight) {
-      row_to_operands(logits->weight, row, begin_column, columns, logits->operand, to);
-      return;
-    }
-    if (logits->used != nullptr) row = logits->used[row];
-    const bool in_context = row < logits->context_rows;
-    const Matrix& matrix = in_context ? logits->context : logits->input;
-    row_to_operands(matrix, in_context ? row : row - logits->context_rows, begin_column, columns, logits->operand, to);
+    const Matrix& matrix = locate(row);
+    row_to_operands(matrix, row, begin_column, columns, logits->operand, to);
+  }
+
+  // The row itself when it holds neighbouring bfloat16 that need no rounding, else null.
+  const BFloat16* bfloat16_row(int64_t row, int64_t column) const {
+    if (row >= count) return nullptr;
+    const Matrix& matrix = locate(row);
+    if (matrix.type != Scalar::bf16 || matrix.col_stride != 1) return nullptr;
+    return static_cast<const BFloat16*>(matrix.data) + row * matrix.row_stride + column;
   }
 };
 
@@ -113,6 +124,11 @@ inline void get_strip(const RowRange& rows, int64_t row, int64_t begin, int64_t 
   const int64_t count = columns < width ? (columns < 0 ? 0 : columns) : width;
   if constexpr (kPairs) {
 #if defined(FUSEFEAT_BF16)
+    const BFloat16* direct = count == width ? rows.bfloat16_row(row, begin) : nullptr;
+    if (direct != nullptr) {
+      __builtin_memcpy(to, direct, width * sizeof *direct);
+      return;
+    }
     float wide[width];
     rows.get(row, begin, count, wide);
     for (int64_t i = count; i < width; ++i) wide[i] = 0;
@@ -164,6 +180,13 @@ inline void pack_along_rows(const RowRange& rows, int64_t count, int64_t begin, 
       const int64_t columns = end - c < strip ? end - c : strip;
       float a[strip] = {}, b[strip] = {};
       for (int64_t r = 0; r < count; r += 2) {
+        const BFloat16* direct_a = columns == strip ? rows.bfloat16_row(r, c) : nullptr;
+        const BFloat16* direct_b = columns == strip ? rows.bfloat16_row(r + 1, c) : nullptr;
+        if (direct_a != nullptr && direct_b != nullptr) {
+          store(to + r / 2 * strip, interleave_pairs(load(direct_a), load(direct_b)));
+          store(to + r / 2 * strip + 16, interleave_pairs(load(direct_a + 16), load(direct_b + 16)));
+          continue;
+        }
         rows.get(r, c, columns, a);
         rows.get(r + 1, c, columns, b);
         store(to + r / 2 * strip, interleave_pairs(load(a), load(b)));

@@ -58,36 +58,40 @@ inline void matrix_block(
   matrix_to_tile<A>(matrix, row, rows_of_strip<A>(args.chunk, strip), begin, features, tile);
 }
 
-// sum_f P g per lane.
+// sum_f P g per lane, of logits.
 template <typename A>
-inline void block_dots(const SharedBackwardArgs& args, int64_t strip, int64_t begin, int64_t features, A* scratch, A* dots) {
+inline void logits_dots(const SharedBackwardArgs& args, int64_t strip, int64_t begin, int64_t features, Tile<A> z, A* dots) {
   constexpr int lanes = kLanes<A>;
-  VecOf<A> sum[2] = {};
-  if (args.kind == Gradient::assignment) {
-    A* grads = scratch + features * kStrip<A>;
-    matrix_block<A>(args, args.assignment, strip, begin, features, scratch);
-    matrix_block<A>(args, args.grad, strip, begin, features, grads);
-    for (int64_t i = 0; i < features * kStrip<A>; i += kStrip<A>) {
-      for (int j = 0; j < 2; ++j) {
-        const VecOf<A> p = load(scratch + i + j * lanes);
-        sum[j] += p == 0 ? VecOf<A>{} : p * load(grads + i + j * lanes);
-      }
-    }
-  } else {
-    const Tile<A> z = logits_of<A>(args, strip, begin, features, scratch);
-    const Lanes<A> lse(args.row_lse, args.chunk.begin + strip * kStrip<A>);
-    const A* grads = static_cast<const A*>(args.grad_prob_sum) + begin;
-    for (int64_t f = 0; f < features; ++f) {
-      const VecOf<A> g = splat<A>(grads[f]);
-#pragma GCC unroll 2
-      for (int j = 0; j < 2; ++j) {
-        const VecOf<A> p = exp_shifted<A>(bounded_below<A>(load(z.data + f * z.stride + j * lanes) - lse.v[j]));
-        sum[j] += p == 0 ? VecOf<A>{} : p * g;
-      }
-    }
+  const Lanes<A> lse(args.row_lse, args.chunk.begin + strip * kStrip<A>);
+  const A* grads = static_cast<const A*>(args.grad_prob_sum) + begin;
+  VecOf<A> sum0{}, sum1{};
+  for (int64_t f = 0; f < features; ++f) {
+    const VecOf<A> g = splat<A>(grads[f]);
+    const VecOf<A> p0 = exp_shifted<A>(load(z.data + f * z.stride) - lse.v[0]);
+    const VecOf<A> p1 = exp_shifted<A>(load(z.data + f * z.stride + lanes) - lse.v[1]);
+    sum0 += p0 == 0 ? VecOf<A>{} : p0 * g;
+    sum1 += p1 == 0 ? VecOf<A>{} : p1 * g;
   }
-  store(dots, sum[0]);
-  store(dots + lanes, sum[1]);
+  store(dots, sum0);
+  store(dots + lanes, sum1);
+}
+
+// The same of a given assignment and gradient matrix.
+template <typename A>
+inline void matrix_dots(
+    const SharedBackwardArgs& args, int64_t strip, int64_t begin, int64_t features, A* scratch, A* dots) {
+  constexpr int lanes = kLanes<A>;
+  A* grads = scratch + features * kStrip<A>;
+  matrix_block<A>(args, args.assignment, strip, begin, features, scratch);
+  matrix_block<A>(args, args.grad, strip, begin, features, grads);
+  for (int j = 0; j < 2; ++j) {
+    VecOf<A> sum{};
+    for (int64_t i = j * lanes; i < features * kStrip<A>; i += kStrip<A>) {
+      const VecOf<A> p = load(scratch + i);
+      sum += p == 0 ? VecOf<A>{} : p * load(grads + i);
+    }
+    store(dots + j * lanes, sum);
+  }
 }
 
 template <typename A>
@@ -103,6 +107,7 @@ void logits_task(const SharedBackwardArgs& args, int64_t block, int64_t group, v
   const int64_t group_strips = logits.group / kStrip<A>;
   const bool last = args.depth_end == logits.channels;
   A* weights = static_cast<A*>(scratch);
+  A* z = weights + packed_weight_length<A, kPairs>(logits);
   pack_by_rows<A, kPairs>(RowRange{&logits, true, begin, features}, args.depth_begin, args.depth_end, weights);
   const int64_t end = min_of((group + 1) * group_strips, args.chunk.strips);
   for (int64_t s = group * group_strips; s < end; ++s) {
@@ -110,8 +115,12 @@ void logits_task(const SharedBackwardArgs& args, int64_t block, int64_t group, v
     logits_tile<A, kPairs>(
         logits, weights, packed_strip<A, kPairs>(logits, args.packed, s),
         packed_depth<A, kPairs>(args.depth_end - args.depth_begin), begin, features,
-        args.depth_begin == 0 ? nullptr : tile, last, tile);
-    if (last && args.dots != nullptr) block_dots<A>(args, s, begin, features, nullptr, dots_of<A>(args, block, s));
+        args.depth_begin == 0 ? nullptr : tile, last, z);
+    // By way of a tile in cache: stores that miss hold up the products.
+    for (int64_t i = 0; i < features * kStrip<A>; i += kLanes<A>) store(tile + i, load(z + i));
+    if (last && args.dots != nullptr) {
+      logits_dots<A>(args, s, begin, features, {z, kStrip<A>}, dots_of<A>(args, block, s));
+    }
   }
 }
 
@@ -122,7 +131,12 @@ void dots_task(const SharedBackwardArgs& args, int64_t block, int64_t group, voi
   const int64_t group_strips = logits.group / kStrip<A>;
   const int64_t end = min_of((group + 1) * group_strips, args.chunk.strips);
   for (int64_t s = group * group_strips; s < end; ++s) {
-    block_dots<A>(args, s, begin, features, static_cast<A*>(scratch), dots_of<A>(args, block, s));
+    A* to = dots_of<A>(args, block, s);
+    if (args.kind == Gradient::assignment) {
+      matrix_dots<A>(args, s, begin, features, static_cast<A*>(scratch), to);
+    } else {
+      logits_dots<A>(args, s, begin, features, logits_of<A>(args, s, begin, features, static_cast<A*>(scratch)), to);
+    }
   }
 }
 
@@ -256,13 +270,10 @@ inline void add_row_gradients(
       A* to = static_cast<A*>(args.grad_rows) + ((part * channel_strips + c) * rows + s * strip) * strip;
       for_row_tiles(count, [&]<int kRows>(int64_t r) {
         VecOf<A> sum[kRows][2];
-        if (first) {
-          clear_tile<A, kRows>(sum);
-        } else {
-          load_tile<A, kRows>(to + r * strip, strip, strip, sum);
-        }
+        prefetch_tile<A, kRows>(to + r * strip, strip);
+        clear_tile<A, kRows>(sum);
         multiply_columns<A, kPairs, kRows>(dz + r, weights + c * depth * strip, depth, sum);
-        store_tile<A, kRows>(to + r * strip, strip, strip, sum);
+        store_tile<A, kRows>(to + r * strip, strip, strip, !first, sum);
       });
     }
   }
@@ -283,13 +294,10 @@ inline void add_weight_gradient(
     for_row_tiles(tiles.features, [&]<int kRows>(int64_t f) {
       VecOf<A> sum[kRows][2];
       A* to = sums + f * logits.channels + c;
-      if (first) {
-        clear_tile<A, kRows>(sum);
-      } else {
-        load_tile<A, kRows>(to, logits.channels, columns, sum);
-      }
+      prefetch_tile<A, kRows>(to, logits.channels);
+      clear_tile<A, kRows>(sum);
       multiply_rows<A, kPairs, kRows, run>(tiles.by_row + f * run, tiles.features * run, rows, depth, sum);
-      store_tile<A, kRows>(to, logits.channels, columns, sum);
+      store_tile<A, kRows>(to, logits.channels, columns, !first, sum);
     });
   }
 }
