@@ -8,6 +8,7 @@
 #include <memory>
 #include <new>
 #include <tuple>
+#include <utility>
 
 #include "../common/attention_pool.h"
 #include "isa.h"
@@ -59,14 +60,18 @@ class Buffer {
   std::unique_ptr<char, Free> data_;
 };
 
-cpu::Strides to_cpu(const TokenStrides& strides) { return {strides.bag, strides.token, strides.inner}; }
+cpu::Strides to_cpu(const TokenStrides& strides) {
+  return {strides.bag, strides.token, strides.inner};
+}
 
-int64_t acc_bytes(const Tensor& x) { return x.scalar_type() == ScalarType::Double ? 8 : 4; }
+int64_t acc_bytes(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? 8 : 4;
+}
 
-// What both passes need of the inputs. `acc_query` keeps a converted query alive.
+// What both passes need of the inputs.
 PoolArgs pool_args(
     const PoolSizes& sizes, const Tensor& x, const optional<Tensor>& mask, const optional<Tensor>& cu_seqlens) {
-  PoolArgs args{};
+  PoolArgs args;
   args.bags = sizes.bags;
   args.tokens = sizes.tokens;
   args.channels = sizes.channels;
@@ -85,7 +90,6 @@ PoolArgs pool_args(
     args.offsets_are_64_bit = cu_seqlens->scalar_type() == ScalarType::Long;
     args.offsets_stride = cu_seqlens->stride(0);
   }
-  args.scale = 1;
   return args;
 }
 
@@ -117,10 +121,6 @@ int64_t token_bytes(const PoolArgs& args, const Tensor& x) {
   return tokens * std::max<int64_t>(args.channels, 1) * static_cast<int64_t>(x.element_size());
 }
 
-struct ForwardResult {
-  Tensor out, lse, weights;
-};
-
 Tensor new_or_none(const Tensor& like, bool needed, const std::vector<int64_t>& shape, ScalarType type) {
   Tensor tensor = new_tensor(like, needed ? shape : std::vector<int64_t>{0}, type);
   if (needed) cpu::advise_huge_pages(tensor.mutable_data_ptr(), tensor.numel() * tensor.element_size());
@@ -131,14 +131,14 @@ std::tuple<Tensor, Tensor, Tensor> forward(
     const PoolArgs& inputs, const PoolSizes& sizes, const Tensor& x, bool need_weights) {
   const auto acc = acc_type(x.scalar_type());
   Tensor out = new_tensor(x, sizes.per_bag(true), acc);
-  Tensor lse = new_tensor(x, sizes.per_bag(false), acc);
+  Tensor lse = new_tensor(x, sizes.per_bag(false), ScalarType::Double);
   Tensor weights = new_or_none(x, need_weights, sizes.per_token(), acc);
 
   ForwardArgs args{inputs};
   const PoolKernels& kernels = kernels_for(x.scalar_type());
   const PoolPartition partition(args, static_cast<int64_t>(x.element_size()));
   args.out = out.mutable_data_ptr();
-  args.lse = lse.mutable_data_ptr();
+  args.lse = static_cast<double*>(lse.mutable_data_ptr());
   args.weights = need_weights && weights.numel() > 0 ? weights.mutable_data_ptr() : nullptr;
   if (args.weights != nullptr && !partition.covers) torch::stable::zero_(weights);
 
@@ -166,13 +166,12 @@ std::tuple<Tensor, Tensor, Tensor> forward(
   constexpr int64_t columns = 256;
   const int64_t column_blocks = std::max<int64_t>(1, (args.channels + columns - 1) / columns);
   const int64_t units = splits * args.queries * column_blocks;
-  cpu::for_each_item(
-      units, cpu::worker_count(units, per_query * parts * args.channels), [&](int64_t unit, int64_t) {
-        const int64_t begin = unit % column_blocks * columns, row = unit / column_blocks;
-        kernels.combine(
-            args, partition.splits.data(), row / args.queries, row % args.queries, begin,
-            std::min(begin + columns, args.channels));
-      });
+  cpu::for_each_item(units, cpu::worker_count(units, per_query * parts * args.channels), [&](int64_t unit, int64_t) {
+    const int64_t begin = unit % column_blocks * columns, row = unit / column_blocks;
+    kernels.combine(
+        args, partition.splits.data(), row / args.queries, row % args.queries, begin,
+        std::min(begin + columns, args.channels));
+  });
   if (args.weights == nullptr) return {out, lse, weights};
   cpu::for_each_item(num_items, workers, [&](int64_t item, int64_t worker) {
     if (items[item].part >= 0) kernels.normalise_part(args, items[item], scratch.get() + worker * scratch_bytes);
@@ -180,26 +179,29 @@ std::tuple<Tensor, Tensor, Tensor> forward(
   return {out, lse, weights};
 }
 
-// Per-bag and per-token tensors that a forward made; other layouts are copied.
-Tensor contiguous(const Tensor& tensor) {
+// What a forward made is contiguous; other layouts are copied.
+Tensor make_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
-// Gradients wanted of one backward; the tensors are empty when not wanted.
+// The gradients that one backward fills in.
 struct Wanted {
-  Tensor tokens, scores, query;
-  bool need_tokens, need_scores, need_query;
+  optional<Tensor> tokens, scores, query;
 };
+
+optional<Tensor> if_needed(bool needed, const Tensor& tensor) {
+  return needed ? optional<Tensor>(tensor) : std::nullopt;
+}
 
 void backward(
     const PoolArgs& inputs, const PoolSizes& sizes, const Tensor& x, const Tensor& grad_out,
-    const optional<Tensor>& grad_weights, const Tensor& out, const Tensor& lse, const Tensor& weights,
-    const Wanted& wanted) {
-  if (!wanted.need_tokens && !wanted.need_scores && !wanted.need_query) return;
+    const optional<Tensor>& grad_weights, const Tensor& out, const Tensor& lse, const Tensor& weights, Wanted wanted) {
+  if (!wanted.tokens && !wanted.scores && !wanted.query) return;
   BackwardArgs args{inputs};
-  const Tensor dense_out = contiguous(out), dense_lse = contiguous(lse), dense_weights = contiguous(weights);
+  const Tensor dense_out = make_contiguous(out), dense_lse = make_contiguous(lse);
+  const Tensor dense_weights = make_contiguous(weights);
   args.out = dense_out.const_data_ptr();
-  args.lse = dense_lse.const_data_ptr();
+  args.lse = static_cast<const double*>(dense_lse.const_data_ptr());
   args.grad_out = grad_out.const_data_ptr();
   args.grad_out_strides = {
       grad_out.stride(0), sizes.query_axis ? grad_out.stride(1) : 0, grad_out.stride(grad_out.dim() - 1)};
@@ -215,20 +217,20 @@ void backward(
   const auto& items = partition.items;
   const int64_t num_items = static_cast<int64_t>(items.size());
   const int64_t row_bytes = args.channels * static_cast<int64_t>(x.element_size());
-  if (wanted.need_tokens) {
-    args.grad_x = wanted.tokens.mutable_data_ptr();
+  if (wanted.tokens) {
+    args.grad_x = wanted.tokens->mutable_data_ptr();
     args.stream_grad_x =
-        cpu::stream_output(args.grad_x, row_bytes, wanted.tokens.numel() * wanted.tokens.element_size());
-    if (!partition.covers) torch::stable::zero_(const_cast<Tensor&>(wanted.tokens));
+        cpu::stream_output(args.grad_x, row_bytes, wanted.tokens->numel() * wanted.tokens->element_size());
+    if (!partition.covers) torch::stable::zero_(*wanted.tokens);
   }
-  if (wanted.need_scores) {
-    args.grad_scores = wanted.scores.mutable_data_ptr();
-    if (!partition.covers) torch::stable::zero_(const_cast<Tensor&>(wanted.scores));
+  if (wanted.scores) {
+    args.grad_scores = wanted.scores->mutable_data_ptr();
+    if (!partition.covers) torch::stable::zero_(*wanted.scores);
   }
 
   const int64_t per_query = args.queries * acc_bytes(x), query_length = args.queries * args.channels;
   const int64_t splits = static_cast<int64_t>(partition.splits.size());
-  const Buffer query_parts(wanted.need_query ? num_items * query_length * acc_bytes(x) : 0);
+  const Buffer query_parts(wanted.query ? num_items * query_length * acc_bytes(x) : 0);
   const Buffer weight_dots(grad_weights.has_value() ? per_query * (partition.parts + splits) : 0);
   args.grad_query_parts = query_parts.get();
   args.part_weight_dots = weight_dots.get();
@@ -246,17 +248,17 @@ void backward(
   cpu::for_each_item(num_items, workers, [&](int64_t item, int64_t worker) {
     kernels.backward_item(args, items[item], item, scratch.get() + worker * scratch_bytes);
   });
-  if (!wanted.need_query) return;
+  if (!wanted.query) return;
 
   constexpr int64_t columns = 128;
   const int64_t units = (query_length + columns - 1) / columns;
-  const bool as_acc = wanted.query.scalar_type() == acc_type(x.scalar_type());
-  void* grad_query = wanted.query.mutable_data_ptr();
+  const bool as_acc = wanted.query->scalar_type() == acc_type(x.scalar_type());
+  void* grad_query = wanted.query->mutable_data_ptr();
   cpu::for_each_item(
       units, cpu::worker_count(units, num_items * query_length * acc_bytes(x)), [&](int64_t unit, int64_t) {
         kernels.sum_query(
-            query_parts.get(), num_items, query_length, unit * columns,
-            std::min((unit + 1) * columns, query_length), as_acc, grad_query);
+            query_parts.get(), num_items, query_length, unit * columns, std::min((unit + 1) * columns, query_length),
+            as_acc, grad_query);
       });
 }
 
@@ -295,8 +297,7 @@ std::tuple<Tensor, Tensor> attention_pool_backward(
   Tensor grad_query = new_or_none(query, need_grad_query, shape_of(query), query.scalar_type());
   backward(
       args, sizes, x, grad_out, grad_weights, out, lse, weights,
-      {.tokens = grad_x, .scores = {}, .query = grad_query, .need_tokens = need_grad_x, .need_scores = false,
-       .need_query = need_grad_query});
+      {.tokens = if_needed(need_grad_x, grad_x), .scores = {}, .query = if_needed(need_grad_query, grad_query)});
   return {grad_x, grad_query};
 }
 
@@ -312,8 +313,9 @@ std::tuple<Tensor, Tensor> softmax_pool_backward(
   Tensor grad_scores = new_or_none(scores, need_grad_scores, shape_of(scores), scores.scalar_type());
   backward(
       args, sizes, values, grad_out, grad_weights, out, lse, weights,
-      {.tokens = grad_values, .scores = grad_scores, .query = {}, .need_tokens = need_grad_values,
-       .need_scores = need_grad_scores, .need_query = false});
+      {.tokens = if_needed(need_grad_values, grad_values),
+       .scores = if_needed(need_grad_scores, grad_scores),
+       .query = {}});
   return {grad_values, grad_scores};
 }
 

@@ -30,48 +30,48 @@ struct SplitBag {
 // "acc" below is the accumulation type of the tokens. Pointers to tensors of per-bag or per-token
 // results have no strides: these are contiguous, [bags, queries(, channels)] and [tokens..., queries].
 struct PoolArgs {
-  int64_t bags, tokens, channels, queries;
-  bool packed;
-  const void* x;
-  Strides x_strides;
-  const uint8_t* mask;  // or null
-  int64_t mask_bag, mask_token;
-  const void* offsets;  // cu_seqlens, or null
-  bool offsets_are_64_bit;
-  int64_t offsets_stride;
-  const void* query;  // attention_pool: [queries, channels], contiguous, acc; else null
-  double scale;
-  const void* scores;  // softmax_pool, in x's type or in acc; else null
-  bool scores_are_acc;
-  Strides scores_strides;
+  int64_t bags = 0, tokens = 0, channels = 0, queries = 0;
+  bool packed = false;
+  const void* x = nullptr;
+  Strides x_strides = {};
+  const uint8_t* mask = nullptr;  // or null
+  int64_t mask_bag = 0, mask_token = 0;
+  const void* offsets = nullptr;  // cu_seqlens, or null
+  bool offsets_are_64_bit = false;
+  int64_t offsets_stride = 0;
+  const void* query = nullptr;  // attention_pool: [queries, channels], contiguous, acc; else null
+  double scale = 1;
+  const void* scores = nullptr;  // softmax_pool, in x's type or in acc; else null
+  bool scores_are_acc = false;
+  Strides scores_strides = {};
 };
 
 struct ForwardArgs : PoolArgs {
-  void* out;
-  void* lse;
-  void* weights;  // or null
+  void* out = nullptr;
+  double* lse = nullptr;
+  void* weights = nullptr;  // or null
   // Per part: running maximum, sum and unnormalised result; per split bag: the combined maximum and sum.
-  void* part_peak;
-  void* part_sum;
-  void* part_out;
-  void* split_peak;
-  void* split_sum;
+  void* part_peak = nullptr;
+  void* part_sum = nullptr;
+  void* part_out = nullptr;
+  void* split_peak = nullptr;
+  void* split_sum = nullptr;
 };
 
 struct BackwardArgs : PoolArgs {
-  const void* grad_out;  // acc
-  Strides grad_out_strides;
-  const void* grad_weights;  // acc, or null
-  Strides grad_weights_strides;
-  const void* out;
-  const void* lse;
-  const void* weights;
-  void* grad_x;  // or null
-  bool stream_grad_x;
-  void* grad_scores;       // in the scores' type, or null
-  void* grad_query_parts;  // [items, queries, channels] in acc, or null
-  void* part_weight_dots;  // per part: sum over its tokens of weight times grad_weight
-  void* split_weight_dots;
+  const void* grad_out = nullptr;  // acc
+  Strides grad_out_strides = {};
+  const void* grad_weights = nullptr;  // acc, or null
+  Strides grad_weights_strides = {};
+  const void* out = nullptr;
+  const double* lse = nullptr;
+  const void* weights = nullptr;
+  void* grad_x = nullptr;  // or null
+  bool stream_grad_x = false;
+  void* grad_scores = nullptr;       // in the scores' type, or null
+  void* grad_query_parts = nullptr;  // [items, queries, channels] in acc, or null
+  void* part_weight_dots = nullptr;  // per part: sum over its tokens of weight times grad_weight
+  void* split_weight_dots = nullptr;
 };
 
 struct PoolKernels {

@@ -15,11 +15,10 @@ from typing import Any
 # Torch's caching allocator hands out parts of large blocks, inside which an overrun is not seen.
 os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
 
-import torch
-from torch import Tensor
-
 import fusefeat
+import torch
 from fusefeat import backends
+from torch import Tensor
 
 # A few roundings of each type, relative to the largest value.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}

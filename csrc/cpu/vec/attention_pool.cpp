@@ -15,7 +15,7 @@ void convert_rows(const void* from, int64_t row_stride, int64_t stride, int64_t 
 
 template <typename T>
 constexpr cpu::PoolKernels kernels_of = {
-    convert_rows<T>,   forward_scratch<T>,  forward_item<T>,     combine_parts<T>,       normalise_part<T>,
+    convert_rows<T>,     forward_scratch<T>,  forward_item<T>,    combine_parts<T>, normalise_part<T>,
     backward_scratch<T>, weight_dots_part<T>, weight_dots_sum<T>, backward_item<T>, sum_query<T>,
 };
 

@@ -22,7 +22,6 @@ struct BackwardScratch {
   const A** vectors;  // the rows of the query, then those of grad_out, in the order of the products
   const A** kept_vectors;
   A* kept_coefficients;
-  const void** kept_rows;
   uint8_t* kept;  // [queries][ld], only when queries drop different tokens
   T** grad_rows;
   A* grad_out;  // [queries][channels] when its channels are not contiguous
@@ -34,7 +33,6 @@ struct BackwardScratch {
     vectors = arena.take<const A*>(2 * num_queries);
     kept_vectors = arena.take<const A*>(2 * num_queries);
     kept_coefficients = arena.take<A>(2 * num_queries + block.capacity);
-    kept_rows = arena.take<const void*>(block.capacity);
     kept = arena.take<uint8_t>(num_queries * block.ld);
     grad_rows = arena.take<T*>(block.capacity);
     grad_out = arena.take<A>(args.grad_out_strides.inner == 1 ? 0 : num_queries * args.channels);
@@ -55,8 +53,7 @@ size_t backward_scratch(const BackwardArgs& args) {
 template <typename A>
 inline A grad_weight_at(const BackwardArgs& args, int64_t bag, int64_t token, int64_t query) {
   const cpu::Strides& strides = args.grad_weights_strides;
-  return static_cast<const A*>(
-      args.grad_weights)[bag * strides.bag + token * strides.token + query * strides.inner];
+  return static_cast<const A*>(args.grad_weights)[bag * strides.bag + token * strides.token + query * strides.inner];
 }
 
 // Sum over tokens of weight times incoming gradient; where the weight is 0 the gradient does not count.
@@ -108,7 +105,7 @@ inline void start_bag(const BackwardArgs& args, BackwardScratch<T>& scratch, con
     scratch.vectors[num_queries + k] = grad_out;
     const A* out = static_cast<const A*>(args.out) + (bag * num_queries + k) * channels;
     A dot = 0;
-    dot_tile<A, 1, 1>(&out, &grad_out, channels, &dot, 1);
+    dot_tile<A, 1, 1, false>(&out, 0, &grad_out, channels, &dot, 1);
     if (args.grad_weights != nullptr) {
       dot += item.part < 0 ? weight_dot<A>(args, bag, bag_range(args, bag), k)
                            : static_cast<const A*>(args.split_weight_dots)[item.split * num_queries + k];
@@ -119,11 +116,13 @@ inline void start_bag(const BackwardArgs& args, BackwardScratch<T>& scratch, con
 
 // Products become coefficients; a dropped score has both 0.
 template <typename A>
-inline void coefficients(A* scores, A* dots, int64_t count, A lse, A delta, A scale) {
+inline void coefficients(A* scores, A* dots, int64_t count, double lse, A delta, A scale) {
   using V = VecOf<A>;
+  // The difference of near numbers is exact, and the rest of lse follows.
+  const A high = static_cast<A>(lse), low = static_cast<A>(lse - static_cast<double>(high));
   for (int64_t i = 0; i < count; i += kLanes<A>) {
     const V score = load(scores + i);
-    const V p = score == -kInfinity<A> ? V{} : exp_lanes<A>(score - lse);
+    const V p = score == -kInfinity<A> ? V{} : exp_lanes<A>(score - high - low);
     const V ds = p * (load(dots + i) - delta) * scale;
     store(scores + i, score == -kInfinity<A> ? V{} : ds);
     store(dots + i, p);
@@ -184,25 +183,20 @@ inline void store_grad_x(
 // grad_query += sum_r ds * scale * row, over one block.
 template <typename T, typename Row>
 inline void add_grad_query(
-    BackwardScratch<T>& scratch, Row rows, int64_t num_queries, int64_t channels, bool first, bool dropped,
-    typename AccOf<T>::type* grad_query) {
+    BackwardScratch<T>& scratch, const RowList<Row>& list, int64_t num_queries, int64_t channels, bool first,
+    bool dropped, typename AccOf<T>::type* grad_query) {
   using A = typename AccOf<T>::type;
   const Block<T>& block = scratch.block;
   const A* ones = first ? nullptr : scratch.ones;
   if (!dropped) {
-    accumulate(rows, block.count, scratch.products, block.ld, ones, num_queries, grad_query, channels);
+    accumulate(list, scratch.products, block.ld, ones, num_queries, grad_query, channels);
     return;
   }
-  using RowPointer = decltype(rows[0] + 0);
-  RowPointer* kept_rows = reinterpret_cast<RowPointer*>(scratch.kept_rows);
   for (int64_t k = 0; k < num_queries; ++k) {
-    int64_t count = 0;
-    for (int64_t r = 0; r < block.count; ++r) {
-      if (!scratch.kept[k * block.ld + r]) continue;
-      kept_rows[count] = rows[r];
-      scratch.kept_coefficients[count++] = scratch.products[k * block.ld + r];
-    }
-    accumulate(kept_rows, count, scratch.kept_coefficients, block.ld, ones, 1, grad_query + k * channels, channels);
+    A* values = scratch.kept_coefficients;
+    const auto kept = block.kept(
+        list, scratch.products + k * block.ld, values, [&](int64_t r) { return scratch.kept[k * block.ld + r] != 0; });
+    accumulate(kept, values, block.ld, ones, 1, grad_query + k * channels, channels);
   }
 }
 
@@ -213,33 +207,32 @@ inline void backward_range(
   using A = typename AccOf<T>::type;
   const int64_t num_queries = args.queries, channels = args.channels;
   Block<T>& block = scratch.block;
-  const A* lse = static_cast<const A*>(args.lse) + bag * num_queries;
+  const double* lse = args.lse + bag * num_queries;
   A *scores = scratch.products, *grad_dots = scratch.products + num_queries * block.ld;
   const bool attention = args.query != nullptr;
   const bool needs_dots = attention || args.grad_scores != nullptr;
   bool empty_query = false;
-  for (int64_t k = 0; k < num_queries; ++k) empty_query |= lse[k] == -kInfinity<A>;
+  for (int64_t k = 0; k < num_queries; ++k) empty_query |= lse[k] == -kInfinity<double>;
 
   for (int64_t begin = range.begin; begin < range.end; begin += block.capacity) {
     const int64_t end = begin + block.capacity < range.end ? begin + block.capacity : range.end;
     block.list(args, bag, begin, end, scores);
     bool dropped = false;
     if (block.count > 0) {
-      if (needs_dots) block.fill_tile(args);
-      block.with_rows([&](auto rows) {
+      if (needs_dots) block.ready_rows(args);
+      block.with_rows([&](const auto& list) {
         if (attention) {
-          dots<A>(rows, block.padded(), scratch.vectors, 2 * num_queries, channels, scores, block.ld);
+          dots<A>(list, scratch.vectors, 2 * num_queries, channels, scores, block.ld);
           const A scale = static_cast<A>(args.scale);
           for (int64_t k = 0; k < num_queries; ++k) {
             for (int64_t r = 0; r < block.count; ++r) scores[k * block.ld + r] *= scale;
           }
         } else if (needs_dots) {
-          dots<A>(
-              rows, block.padded(), scratch.vectors + num_queries, num_queries, channels, grad_dots, block.ld);
+          dots<A>(list, scratch.vectors + num_queries, num_queries, channels, grad_dots, block.ld);
         }
         if (empty_query) {
           for (int64_t k = 0; k < num_queries; ++k) {
-            if (lse[k] == -kInfinity<A>) fill(scores + k * block.ld, block.count, -kInfinity<A>);
+            if (lse[k] == -kInfinity<double>) fill(scores + k * block.ld, block.count, -kInfinity<A>);
           }
         }
         const bool may_drop = attention || num_queries > 1 || empty_query;
@@ -263,7 +256,7 @@ inline void backward_range(
               attention ? static_cast<A>(args.scale) : A(1));
         }
         if (grad_query != nullptr) {
-          add_grad_query(scratch, rows, num_queries, channels, first, dropped, grad_query);
+          add_grad_query(scratch, list, num_queries, channels, first, dropped, grad_query);
           first = false;
         }
       });

@@ -21,8 +21,6 @@ struct AccOf<double> {
   using type = double;
 };
 
-inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
-
 // Hands out aligned arrays of one allocation; from a null base it only counts the bytes.
 struct Arena {
   char* base;
@@ -73,11 +71,13 @@ struct Block {
 
   int64_t capacity, ld;
   bool needs_tile;  // rows are brought into a tile of contiguous acc first
+  int64_t ahead;    // bytes from a row to its successor in a later block
   int64_t count = 0;
   int64_t* tokens;
   const T** rows;
   const A** tile_rows;
   A* tile;
+  void* kept_rows;  // pointers, for queries that drop different tokens
 
   Block(const PoolArgs& args, Arena& arena) {
     // The rows are read twice, the second time from the nearest cache. With few channels a block
@@ -87,11 +87,16 @@ struct Block {
     const int64_t budget = args.queries < 4 ? 16 << 10 : 32 << 10;
     const int64_t fit = budget / row_bytes / 8 * 8;
     capacity = fit < 8 ? 8 : fit > 64 ? 64 : fit;
+    constexpr int64_t least_ahead = 16 << 10;
+    const int64_t step = capacity * args.x_strides.token * static_cast<int64_t>(sizeof(T));
+    const int64_t distance = step < 0 ? -step : step;
+    ahead = distance == 0 ? 0 : (least_ahead + distance - 1) / distance * step;
     ld = round_up(capacity, kLanes<A>);
     tokens = arena.take<int64_t>(capacity);
     rows = arena.take<const T*>(capacity);
     tile_rows = arena.take<const A*>(needs_tile ? capacity : 0);
     tile = arena.take<A>(needs_tile ? capacity * args.channels : 0);
+    kept_rows = arena.take<const void*>(capacity);
   }
 
   // Lists the kept tokens of [begin, end). Given scores go to scores[k][lane]; a token whose scores are
@@ -109,27 +114,38 @@ struct Block {
     }
   }
 
-  int64_t padded() const { return round_up(count, kRowStep); }
-
-  // Calls use(row pointers), rows of T or of the tile's acc; the list is padded with the last row.
+  // Calls use(RowList) with rows of T or of the tile's acc.
   template <typename Use>
-  void with_rows(const Use& use) {
-    for (int64_t r = count; r < padded(); ++r) rows[r] = rows[count - 1];
+  void with_rows(const Use& use) const {
     if (needs_tile) {
-      use(tile_rows);
+      use(RowList<A>{tile_rows, count, 0});
     } else {
-      use(rows);
+      use(RowList<T>{rows, count, ahead});
     }
   }
 
-  void fill_tile(const PoolArgs& args) {
-    if (!needs_tile) return;
-    for (int64_t r = 0; r < padded(); ++r) {
-      const int64_t lane = r < count ? r : count - 1;
-      A* to = tile + lane * args.channels;
-      if (r == lane) gather<A>(rows[r], args.x_strides.inner, args.channels, to);
-      tile_rows[r] = to;
+  // The rows that keep(r) says yes to, and their values moved to the front of kept_values.
+  template <typename Row, typename Keep>
+  RowList<Row> kept(const RowList<Row>& list, const A* values, A* kept_values, const Keep& keep) const {
+    const Row** rows_kept = static_cast<const Row**>(kept_rows);
+    int64_t kept_count = 0;
+    for (int64_t r = 0; r < list.count; ++r) {
+      if (!keep(r)) continue;
+      rows_kept[kept_count] = list.rows[r];
+      kept_values[kept_count++] = values[r];
     }
+    return {rows_kept, kept_count, 0};
+  }
+
+  // Brings the rows into the tile. Readers in steps of rows find the last one again behind the end.
+  void ready_rows(const PoolArgs& args) {
+    for (int64_t r = count; r < round_up(count, kRowStep); ++r) rows[r] = rows[count - 1];
+    if (!needs_tile) return;
+    for (int64_t r = 0; r < count; ++r) {
+      tile_rows[r] = tile + r * args.channels;
+      gather<A>(rows[r], args.x_strides.inner, args.channels, tile + r * args.channels, ahead);
+    }
+    for (int64_t r = count; r < round_up(count, kRowStep); ++r) tile_rows[r] = tile_rows[count - 1];
   }
 
  private:

@@ -15,11 +15,10 @@ struct ForwardScratch {
 
   Arena arena;
   Block<T> block;
-  A* scores;             // [queries][ld], then exp(score - peak)
-  A *peak, *sum;         // [queries], of the bag so far
-  A* rescale;            // [queries], what a block's new peak does to the sums before it
-  const void** kept;     // rows of one query when queries drop different tokens
-  const A** queries;     // [queries] rows of the query
+  A* scores;          // [queries][ld], then exp(score - peak)
+  A *peak, *sum;      // [queries], of the bag so far
+  A* rescale;         // [queries], what a block's new peak does to the sums before it
+  const A** queries;  // [queries] rows of the query
   A *base_pattern, *factor_pattern;
 
   ForwardScratch(const ForwardArgs& args, void* base) : arena{static_cast<char*>(base)}, block(args, arena) {
@@ -28,7 +27,6 @@ struct ForwardScratch {
     peak = arena.take<A>(num_queries);
     sum = arena.take<A>(num_queries);
     rescale = arena.take<A>(num_queries);
-    kept = arena.take<const void*>(block.capacity);
     queries = arena.take<const A*>(num_queries);
     base_pattern = arena.take<A>(kLanes<A> * kLanes<A>);
     factor_pattern = arena.take<A>(kLanes<A> * kLanes<A>);
@@ -98,17 +96,16 @@ inline void forward_range(
   for (int64_t begin = range.begin; begin < range.end; begin += block.capacity) {
     const int64_t end = begin + block.capacity < range.end ? begin + block.capacity : range.end;
     block.list(args, bag, begin, end, scores);
-    A* weights = args.weights == nullptr
-                     ? nullptr
-                     : static_cast<A*>(args.weights) + token_index(args, bag, begin) * num_queries;
+    A* weights =
+        args.weights == nullptr ? nullptr : static_cast<A*>(args.weights) + token_index(args, bag, begin) * num_queries;
     if (block.count == 0) {
       if (weights != nullptr) fill(weights, (end - begin) * num_queries, -kInfinity<A>);
       continue;
     }
-    block.fill_tile(args);
-    block.with_rows([&](auto rows) {
+    block.ready_rows(args);
+    block.with_rows([&](const auto& list) {
       if (args.query != nullptr) {
-        dots<A>(rows, block.padded(), scratch.queries, num_queries, channels, scores, block.ld);
+        dots<A>(list, scratch.queries, num_queries, channels, scores, block.ld);
         const A scale = static_cast<A>(args.scale);
         for (int64_t k = 0; k < num_queries; ++k) {
           for (int64_t r = 0; r < block.count; ++r) scores[k * block.ld + r] *= scale;
@@ -120,22 +117,15 @@ inline void forward_range(
         for (int64_t k = 0; k < num_queries; ++k) {
           scratch.rescale[k] = softmax_step(scores + k * block.ld, block.count, scratch.peak[k], scratch.sum[k]);
         }
-        accumulate(
-            rows, block.count, scores, block.ld, first ? nullptr : scratch.rescale, num_queries, out, channels);
+        accumulate(list, scores, block.ld, first ? nullptr : scratch.rescale, num_queries, out, channels);
       } else {
         // Every query on the rows it keeps: a dropped row must not be touched, 0 * inf is NaN.
-        using Row = decltype(rows[0] + 0);
-        Row* kept = reinterpret_cast<Row*>(scratch.kept);
         for (int64_t k = 0; k < num_queries; ++k) {
           A* row_scores = scores + k * block.ld;
-          int64_t count = 0;
-          for (int64_t r = 0; r < block.count; ++r) {
-            if (row_scores[r] == -kInfinity<A>) continue;
-            kept[count] = rows[r];
-            row_scores[count++] = row_scores[r];
-          }
-          const A rescale = softmax_step(row_scores, count, scratch.peak[k], scratch.sum[k]);
-          accumulate(kept, count, row_scores, block.ld, first ? nullptr : &rescale, 1, out + k * channels, channels);
+          const auto kept =
+              block.kept(list, row_scores, row_scores, [&](int64_t r) { return row_scores[r] != -kInfinity<A>; });
+          const A rescale = softmax_step(row_scores, kept.count, scratch.peak[k], scratch.sum[k]);
+          accumulate(kept, row_scores, block.ld, first ? nullptr : &rescale, 1, out + k * channels, channels);
         }
       }
     });
@@ -190,9 +180,10 @@ inline void normalise(
   }
 }
 
+// In double: a float near a large peak would leave exp(score - lse) with an error of the peak's rounding.
 template <typename A>
-inline A log_sum(A peak, A sum) {
-  return sum == 0 ? -kInfinity<A> : peak + log_one(sum);
+inline double log_sum(A peak, A sum) {
+  return sum == 0 ? -kInfinity<double> : static_cast<double>(peak) + log_one(static_cast<double>(sum));
 }
 
 template <typename T>
@@ -212,7 +203,7 @@ void forward_item(const ForwardArgs& args, const PoolItem& item, void* base) {
   for (int64_t bag = item.bag_begin; bag < item.bag_end; ++bag) {
     const TokenRange range = bag_range(args, bag);
     A* out = static_cast<A*>(args.out) + bag * num_queries * channels;
-    A* lse = static_cast<A*>(args.lse) + bag * num_queries;
+    double* lse = args.lse + bag * num_queries;
     forward_range(args, scratch, bag, range, out);
     for (int64_t k = 0; k < num_queries; ++k) {
       lse[k] = log_sum(scratch.peak[k], scratch.sum[k]);
@@ -258,7 +249,7 @@ void combine_parts(
     for (int64_t d = begin; d < end; ++d) out[d] *= factor;
   }
   if (begin > 0) return;
-  static_cast<A*>(args.lse)[bag.bag * num_queries + query] = log_sum(peak, sum);
+  args.lse[bag.bag * num_queries + query] = log_sum(peak, sum);
   static_cast<A*>(args.split_peak)[split * num_queries + query] = peak;
   static_cast<A*>(args.split_sum)[split * num_queries + query] = sum;
 }

@@ -7,9 +7,33 @@
 namespace fusefeat {
 namespace {
 
-template <typename A, int kRows, int kVectors, typename T>
+inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+constexpr int kRowStep = 4;  // row lists can be read up to the next multiple of this
+
+template <int n>
+struct Constant {
+  static constexpr int value = n;
+};
+
+// `ahead` is how many bytes behind each row its successor in a later block lies, 0 for not known.
+template <typename T>
+struct RowList {
+  const T* const* rows;
+  int64_t count;
+  int64_t ahead;
+};
+
+// Into the second-level cache: there the rows of the block after this one fit whatever the first level holds.
+template <typename T>
+inline void prefetch(const T* from, int64_t ahead) {
+  __builtin_prefetch(reinterpret_cast<const char*>(from) + ahead, 0, 2);
+}
+
+template <typename A, int kRows, int kVectors, bool kPrefetch, typename T>
 inline void dot_tile(
-    const T* const* rows, const A* const* vectors, int64_t channels, A* __restrict products, int64_t ld) {
+    const T* const* rows, int64_t ahead, const A* const* vectors, int64_t channels, A* __restrict products,
+    int64_t ld) {
   using V = VecOf<A>;
   constexpr int lanes = kLanes<A>;
   const T* row[kRows];
@@ -26,6 +50,7 @@ inline void dot_tile(
     for (int j = 0; j < kVectors; ++j) v[j] = load(vector[j] + d);
     for (int r = 0; r < kRows; ++r) {
       const V x = load(row[r] + d);
+      if (kPrefetch) prefetch(row[r] + d, ahead);
       for (int j = 0; j < kVectors; ++j) sum[j][r] = fma(x, v[j], sum[j][r]);
     }
   }
@@ -39,42 +64,53 @@ inline void dot_tile(
     }
   }
   for (int j = 0; j < kVectors; ++j) {
-    for (int r = 0; r < kRows; ++r) products[j * ld + r] = sum_lanes(sum[j][r]);
+    if constexpr (kRows % 4 == 0) {
+      for (int r = 0; r < kRows; r += 4) {
+        sum_lanes_of_four(sum[j][r], sum[j][r + 1], sum[j][r + 2], sum[j][r + 3], products + j * ld + r);
+      }
+    } else {
+      for (int r = 0; r < kRows; ++r) products[j * ld + r] = sum_lanes(sum[j][r]);
+    }
   }
 }
 
-constexpr int kRowStep = 4;  // row lists are padded to a multiple of this
-
-template <typename A, int kVectors, typename T>
-inline void dot_rows(
-    const T* const* rows, int64_t count, const A* const* vectors, int64_t channels, A* products, int64_t ld) {
+template <typename A, int kVectors, bool kPrefetch, typename T>
+inline void dot_rows(const RowList<T>& list, const A* const* vectors, int64_t channels, A* products, int64_t ld) {
   // As many sums as the registers hold, eight at least to hide the latency of the additions.
   constexpr int tile = kVectors == 1 || (kManyRegisters && kVectors == 2) ? 2 * kRowStep : kRowStep;
+  const int64_t count = round_up(list.count, kRowStep);
   int64_t r = 0;
   for (; r + tile <= count; r += tile) {
-    dot_tile<A, tile, kVectors>(rows + r, vectors, channels, products + r, ld);
+    dot_tile<A, tile, kVectors, kPrefetch>(list.rows + r, list.ahead, vectors, channels, products + r, ld);
   }
   if (tile > kRowStep && r < count) {
-    dot_tile<A, kRowStep, kVectors>(rows + r, vectors, channels, products + r, ld);
+    dot_tile<A, kRowStep, kVectors, kPrefetch>(list.rows + r, list.ahead, vectors, channels, products + r, ld);
   }
 }
 
-// products[j][r] = <rows[r], vectors[j]>; count is a multiple of kRowStep.
+// products[j][r] = <row r, vectors[j]>, for rows up to the next multiple of kRowStep.
 template <typename A, typename T>
 inline void dots(
-    const T* const* rows, int64_t count, const A* const* vectors, int64_t num_vectors, int64_t channels, A* products,
-    int64_t ld) {
+    const RowList<T>& list, const A* const* vectors, int64_t num_vectors, int64_t channels, A* products, int64_t ld) {
   int64_t j = 0;
-  if (kManyRegisters) {
-    for (; j + 4 <= num_vectors; j += 4) dot_rows<A, 4>(rows, count, vectors + j, channels, products + j * ld, ld);
-  }
-  for (; j + 2 <= num_vectors; j += 2) dot_rows<A, 2>(rows, count, vectors + j, channels, products + j * ld, ld);
-  if (j < num_vectors) dot_rows<A, 1>(rows, count, vectors + j, channels, products + j * ld, ld);
+  const auto some = [&](auto vectors_at_once) {
+    constexpr int step = decltype(vectors_at_once)::value;
+    for (; j + step <= num_vectors; j += step) {
+      if (j == 0 && list.ahead != 0) {
+        dot_rows<A, step, true>(list, vectors, channels, products, ld);
+      } else {
+        dot_rows<A, step, false>(list, vectors + j, channels, products + j * ld, ld);
+      }
+    }
+  };
+  if constexpr (kManyRegisters) some(Constant<4>{});
+  some(Constant<2>{});
+  some(Constant<1>{});
 }
 
-template <typename A, int kSums, int kColumns, bool kPart, typename T>
+template <typename A, int kSums, int kColumns, bool kPart, bool kPrefetch, typename T>
 inline void accumulate_tile(
-    const T* const* rows, int64_t count, const A* coefficients, int64_t ld, const A* rescale, int64_t d, int rest,
+    const RowList<T>& list, const A* coefficients, int64_t ld, const A* rescale, int64_t d, int rest,
     A* __restrict sums, int64_t channels) {
   using V = VecOf<A>;
   constexpr int lanes = kLanes<A>;
@@ -82,10 +118,13 @@ inline void accumulate_tile(
   for (int k = 0; k < kSums; ++k) {
     for (int c = 0; c < kColumns; ++c) sum[k][c] = V{};
   }
-  for (int64_t r = 0; r < count; ++r) {
-    const T* row = rows[r] + d;
+  for (int64_t r = 0; r < list.count; ++r) {
+    const T* row = list.rows[r] + d;
     V x[kColumns];
-    for (int c = 0; c < kColumns; ++c) x[c] = kPart ? load_part(row, rest) : load(row + c * lanes);
+    for (int c = 0; c < kColumns; ++c) {
+      x[c] = kPart ? load_part(row, rest) : load(row + c * lanes);
+      if (kPrefetch) prefetch(row + c * lanes, list.ahead);
+    }
     for (int k = 0; k < kSums; ++k) {
       const V p = splat<A>(coefficients[k * ld + r]);
       for (int c = 0; c < kColumns; ++c) sum[k][c] = fma(x[c], p, sum[k][c]);
@@ -105,47 +144,36 @@ inline void accumulate_tile(
   }
 }
 
-template <typename A, int kSums, typename T>
-inline void accumulate_columns(
-    const T* const* rows, int64_t count, const A* coefficients, int64_t ld, const A* rescale, int64_t d, int columns,
-    int rest, A* sums, int64_t channels) {
-  if (columns == 4) {
-    accumulate_tile<A, kSums, 4, false>(rows, count, coefficients, ld, rescale, d, 0, sums, channels);
-  } else if (columns == 2) {
-    accumulate_tile<A, kSums, 2, false>(rows, count, coefficients, ld, rescale, d, 0, sums, channels);
-  } else if (columns == 1) {
-    accumulate_tile<A, kSums, 1, false>(rows, count, coefficients, ld, rescale, d, 0, sums, channels);
-  } else {
-    accumulate_tile<A, kSums, 1, true>(rows, count, coefficients, ld, rescale, d, rest, sums, channels);
-  }
-}
-
-// sums[k] = rescale[k] * sums[k] + sum_r coefficients[k][r] * rows[r]; without rescale, sums start at 0.
+// sums[k] = rescale[k] * sums[k] + sum_r coefficients[k][r] * row r; without rescale, sums start at 0.
 // The rows of one block are added up on their own first, which keeps the rounding error of long bags low.
 template <typename A, typename T>
 inline void accumulate(
-    const T* const* rows, int64_t count, const A* coefficients, int64_t ld, const A* rescale, int64_t num_sums,
-    A* sums, int64_t channels) {
+    const RowList<T>& list, const A* coefficients, int64_t ld, const A* rescale, int64_t num_sums, A* sums,
+    int64_t channels) {
   constexpr int lanes = kLanes<A>;
   int64_t d = 0;
-  while (d < channels) {
-    const int64_t left = channels - d;
-    const int wide = kManyRegisters || num_sums == 1 ? 4 : 2;
-    const int columns = left >= wide * lanes ? wide : left >= 2 * lanes ? 2 : left >= lanes ? 1 : 0;
-    const int rest = static_cast<int>(left);
+  const auto columns = [&](auto columns_at_once, auto part) {
+    constexpr int step = decltype(columns_at_once)::value;
+    constexpr bool is_part = decltype(part)::value != 0;
+    const int rest = static_cast<int>(channels - d);
     int64_t k = 0;
-    for (; k + 4 <= num_sums; k += 4) {
-      accumulate_columns<A, 4>(
-          rows, count, coefficients + k * ld, ld, rescale == nullptr ? nullptr : rescale + k, d, columns, rest,
-          sums + k * channels, channels);
-    }
-    for (; k < num_sums; ++k) {
-      accumulate_columns<A, 1>(
-          rows, count, coefficients + k * ld, ld, rescale == nullptr ? nullptr : rescale + k, d, columns, rest,
-          sums + k * channels, channels);
-    }
-    d += columns == 0 ? left : static_cast<int64_t>(columns) * lanes;
-  }
+    const auto some = [&](auto sums_at_once, auto prefetching) {
+      constexpr int num = decltype(sums_at_once)::value;
+      accumulate_tile<A, num, step, is_part, decltype(prefetching)::value != 0>(
+          list, coefficients + k * ld, ld, rescale == nullptr ? nullptr : rescale + k, d, rest, sums + k * channels,
+          channels);
+      k += num;
+    };
+    if (list.ahead != 0 && num_sums == 1) some(Constant<1>{}, Constant<1>{});
+    if (list.ahead != 0 && num_sums >= 4) some(Constant<4>{}, Constant<1>{});
+    while (k + 4 <= num_sums) some(Constant<4>{}, Constant<0>{});
+    while (k < num_sums) some(Constant<1>{}, Constant<0>{});
+    d += step * lanes;
+  };
+  constexpr int wide = kManyRegisters ? 4 : 2;
+  while (d + wide * lanes <= channels) columns(Constant<wide>{}, Constant<0>{});
+  while (d + lanes <= channels) columns(Constant<1>{}, Constant<0>{});
+  if (d < channels) columns(Constant<1>{}, Constant<1>{});
 }
 
 template <typename A, int kRows, int kColumns, bool kPart, typename T>
@@ -160,7 +188,8 @@ inline void combine_tile(
   }
   for (int64_t j = 0; j < num_vectors; ++j) {
     V v[kColumns];
-    for (int c = 0; c < kColumns; ++c) v[c] = kPart ? load_part(vectors[j] + d, rest) : load(vectors[j] + d + c * lanes);
+    for (int c = 0; c < kColumns; ++c)
+      v[c] = kPart ? load_part(vectors[j] + d, rest) : load(vectors[j] + d + c * lanes);
     for (int r = 0; r < kRows; ++r) {
       const V p = splat<A>(coefficients[j * ld + r]);
       for (int c = 0; c < kColumns; ++c) sum[r][c] = fma(v[c], p, sum[r][c]);
@@ -215,20 +244,15 @@ inline void combine(
 
 // Elements `stride` apart to contiguous acc.
 template <typename A, typename T>
-inline void gather(const T* from, int64_t stride, int64_t count, A* to) {
+inline void gather(const T* from, int64_t stride, int64_t count, A* to, int64_t ahead = 0) {
   int64_t i = 0;
   if (stride == 1) {
-    for (; i + kLanes<A> <= count; i += kLanes<A>) store(to + i, load(from + i));
+    for (; i + kLanes<A> <= count; i += kLanes<A>) {
+      store(to + i, load(from + i));
+      if (ahead != 0) prefetch(from + i, ahead);
+    }
   }
   for (; i < count; ++i) to[i] = to_acc(from[i * stride]);
-}
-
-// Contiguous acc to T.
-template <typename A, typename T>
-inline void convert(const A* from, int64_t count, T* to) {
-  int64_t i = 0;
-  for (; i + kLanes<A> <= count; i += kLanes<A>) store(to + i, load(from + i));
-  for (; i < count; ++i) from_acc(from[i], to + i);
 }
 
 }  // namespace

@@ -9,7 +9,12 @@
 #include <stdint.h>
 
 #if defined(FUSEFEAT_ISA_AVX2) || defined(FUSEFEAT_ISA_AVX512)
+// Some intrinsics start from registers left as they are, which GCC takes for a mistake.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #elif !defined(FUSEFEAT_ISA_GENERIC)
 #error "define one of FUSEFEAT_ISA_GENERIC, FUSEFEAT_ISA_AVX2 and FUSEFEAT_ISA_AVX512"
 #endif
@@ -94,65 +99,56 @@ inline DoubleVec fma(DoubleVec a, DoubleVec b, DoubleVec c) {
 #endif
 }
 
-inline float to_acc(float value) { return value; }
-inline double to_acc(double value) { return value; }
+inline float to_acc(float value) {
+  return value;
+}
+inline double to_acc(double value) {
+  return value;
+}
 
 inline float to_acc(BFloat16 value) {
-  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
-  float result;
-  __builtin_memcpy(&result, &bits, sizeof result);
-  return result;
+  return __builtin_bit_cast(float, static_cast<uint32_t>(value.bits) << 16);
 }
 
 inline float to_acc(Half value) {
 #if defined(FUSEFEAT_ISA_GENERIC)
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
   const uint32_t magnitude = value.bits & 0x7fffu;
-  float result;
+  uint32_t bits = (magnitude << 13) + (magnitude >= 0x7c00u ? (255u - 31u) << 23 : (127u - 15u) << 23);
   if (magnitude < 0x0400u) {  // zero and subnormals: multiples of 2^-24
-    result = static_cast<float>(magnitude) * 0x1p-24f;
-  } else {
-    const uint32_t exponent_shift = magnitude >= 0x7c00u ? (255u - 31u) << 23 : (127u - 15u) << 23;
-    const uint32_t bits = (magnitude << 13) + exponent_shift;
-    __builtin_memcpy(&result, &bits, sizeof result);
+    bits = __builtin_bit_cast(uint32_t, static_cast<float>(magnitude) * 0x1p-24f);
   }
-  uint32_t bits;
-  __builtin_memcpy(&bits, &result, sizeof bits);
-  bits |= sign;
-  __builtin_memcpy(&result, &bits, sizeof result);
-  return result;
+  return __builtin_bit_cast(float, bits | sign);
 #else
   return _cvtsh_ss(value.bits);
 #endif
 }
 
-inline void from_acc(float value, float* to) { *to = value; }
-inline void from_acc(double value, double* to) { *to = value; }
+inline void from_acc(float value, float* to) {
+  *to = value;
+}
+inline void from_acc(double value, double* to) {
+  *to = value;
+}
 
 inline void from_acc(float value, BFloat16* to) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &value, sizeof bits);
+  const uint32_t bits = __builtin_bit_cast(uint32_t, value);
   const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
   to->bits = nan ? 0x7fc0u : static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
 inline void from_acc(float value, Half* to) {
 #if defined(FUSEFEAT_ISA_GENERIC)
-  uint32_t bits;
-  __builtin_memcpy(&bits, &value, sizeof bits);
-  const uint32_t sign = (bits >> 16) & 0x8000u;
-  bits &= 0x7fffffffu;
+  const uint32_t all_bits = __builtin_bit_cast(uint32_t, value);
+  const uint32_t sign = (all_bits >> 16) & 0x8000u;
+  const uint32_t bits = all_bits & 0x7fffffffu;
   uint32_t half;
   if (bits > 0x7f800000u) {
     half = 0x7e00u;
   } else if (bits >= 0x477ff000u) {  // rounds to 65536 or more
     half = 0x7c00u;
   } else if (bits < 0x38800000u) {  // subnormal: adding 0.5 puts the last place of a half at the float's own
-    float magnitude;
-    __builtin_memcpy(&magnitude, &bits, sizeof magnitude);
-    magnitude += 0.5f;
-    __builtin_memcpy(&half, &magnitude, sizeof half);
-    half -= 0x3f000000u;
+    half = __builtin_bit_cast(uint32_t, __builtin_bit_cast(float, bits) + 0.5f) - 0x3f000000u;
   } else {
     half = (bits - ((127u - 15u) << 23) + 0x0fffu + ((bits >> 13) & 1u)) >> 13;
   }
@@ -200,8 +196,12 @@ inline FloatVec load(const Half* from) {
 #endif
 }
 
-inline void store(float* to, FloatVec v) { __builtin_memcpy(to, &v, sizeof v); }
-inline void store(double* to, DoubleVec v) { __builtin_memcpy(to, &v, sizeof v); }
+inline void store(float* to, FloatVec v) {
+  __builtin_memcpy(to, &v, sizeof v);
+}
+inline void store(double* to, DoubleVec v) {
+  __builtin_memcpy(to, &v, sizeof v);
+}
 
 #if !defined(FUSEFEAT_ISA_GENERIC)
 // Round to nearest even, NaN to the quiet NaN, as 16-bit values in the low half of each lane.
@@ -277,7 +277,9 @@ inline void store_part(Half* to, FloatVec v, int count) {
   _mm256_mask_storeu_epi16(to, static_cast<__mmask16>((1u << count) - 1), bits);
 }
 #elif defined(FUSEFEAT_ISA_AVX2)
-inline __m256i first_lanes(int count) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), (__m256i)iota<float>()); }
+inline __m256i first_lanes(int count) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), (__m256i)iota<float>());
+}
 inline __m256i first_double_lanes(int count) {
   return _mm256_cmpgt_epi64(_mm256_set1_epi64x(count), (__m256i)iota<double>());
 }
@@ -370,6 +372,39 @@ inline auto max_lanes(FloatVec v) {
 }
 #endif
 
+// Four sums at once, each in the order of sum_lanes.
+template <typename V, typename A>
+inline void sum_lanes_of_four(V a, V b, V c, V d, A* to) {
+  to[0] = sum_lanes(a);
+  to[1] = sum_lanes(b);
+  to[2] = sum_lanes(c);
+  to[3] = sum_lanes(d);
+}
+
+#if defined(FUSEFEAT_ISA_AVX512)
+inline void sum_lanes_of_four(FloatVec a, FloatVec b, FloatVec c, FloatVec d, float* to) {
+  const auto halves = [](__m512 x, __m512 y) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x44), _mm512_shuffle_f32x4(x, y, 0xee));
+  };
+  const __m512 ab = halves((__m512)a, (__m512)b), cd = halves((__m512)c, (__m512)d);
+  const __m512 quarters = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+  const __m512 pairs = _mm512_add_ps(quarters, _mm512_permute_ps(quarters, 0xee));
+  const __m512 sums = _mm512_add_ps(pairs, _mm512_movehdup_ps(pairs));
+  const __m512i first_of_quarter = _mm512_setr_epi32(0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12);
+  _mm_storeu_ps(to, _mm512_castps512_ps128(_mm512_permutexvar_ps(first_of_quarter, sums)));
+}
+#elif defined(FUSEFEAT_ISA_AVX2)
+inline void sum_lanes_of_four(FloatVec a, FloatVec b, FloatVec c, FloatVec d, float* to) {
+  const auto halves = [](__m256 x, __m256 y) {
+    return _mm256_add_ps(_mm256_permute2f128_ps(x, y, 0x20), _mm256_permute2f128_ps(x, y, 0x31));
+  };
+  const __m256 ab = halves((__m256)a, (__m256)b), cd = halves((__m256)c, (__m256)d);
+  const __m256 pairs = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
+  const __m256 sums = _mm256_add_ps(_mm256_shuffle_ps(pairs, pairs, 0x88), _mm256_shuffle_ps(pairs, pairs, 0xdd));
+  _mm_storeu_ps(to, _mm_unpacklo_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));
+}
+#endif
+
 template <typename I>
 inline bool any_lane(I mask) {
 #if defined(FUSEFEAT_ISA_AVX512)
@@ -437,8 +472,12 @@ inline A exp_one(A x) {
   return exp_lanes<A>(splat<A>(x))[0];
 }
 
-inline float log_one(float x) { return __builtin_logf(x); }
-inline double log_one(double x) { return __builtin_log(x); }
+inline float log_one(float x) {
+  return __builtin_logf(x);
+}
+inline double log_one(double x) {
+  return __builtin_log(x);
+}
 
 }  // namespace
 }  // namespace fusefeat
