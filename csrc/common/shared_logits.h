@@ -22,8 +22,8 @@ using OptionalTensor = std::optional<Tensor>;
 inline void check_shared_type(const Tensor& input, const Tensor& other, const char* name) {
   const auto type = other.scalar_type();
   STD_TORCH_CHECK(
-      is_floating(type) && (type == ScalarType::Double) == (input.scalar_type() == ScalarType::Double), "fusefeat: ",
-      name, " must be floating point, and float64 exactly when input is");
+      is_floating(type) && (type == ScalarType::Double) == (input.scalar_type() == ScalarType::Double),
+      "fusefeat: ", name, " must be floating point, and float64 exactly when input is");
   check_same_device(input, other, name);
 }
 
@@ -41,7 +41,8 @@ inline SharedSizes shared_sizes(
   STD_TORCH_CHECK(sizes.features > 0, "fusefeat: weight must have at least one row");
   if (context.has_value()) {
     STD_TORCH_CHECK(
-        context->dim() == 2 && context->size(1) == sizes.channels, "fusefeat: context must be [Nc,D] with the D of input");
+        context->dim() == 2 && context->size(1) == sizes.channels,
+        "fusefeat: context must be [Nc,D] with the D of input");
     check_shared_type(input, *context, "context");
     sizes.context_rows = context->size(0);
   }
@@ -68,7 +69,8 @@ inline void check_shared_tensor(
 
 // A gradient for `tensor`: contiguous, or empty when nobody asks for it.
 inline Tensor new_gradient(const Tensor& input, const OptionalTensor& tensor, bool need) {
-  if (!need || !tensor.has_value()) return new_tensor(tensor.value_or(input), {0}, tensor.value_or(input).scalar_type());
+  if (!need || !tensor.has_value())
+    return new_tensor(tensor.value_or(input), {0}, tensor.value_or(input).scalar_type());
   std::vector<int64_t> shape;
   for (int64_t i = 0; i < tensor->dim(); ++i) shape.push_back(tensor->size(i));
   return new_tensor(*tensor, shape, tensor->scalar_type());

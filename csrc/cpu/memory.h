@@ -13,9 +13,8 @@ namespace fusefeat::cpu {
 
 // Asks for huge pages inside a large fresh output before its first write: page faults on small pages cost
 // several times what writing the values does.
-inline void advise_huge_pages(void* data, int64_t bytes) {
+inline void advise_huge_pages(void* data, int64_t bytes, int64_t worthwhile = 32 << 20) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr int64_t worthwhile = 32 << 20;
   constexpr uintptr_t page = 2 << 20;
   if (bytes < worthwhile) return;
   const uintptr_t address = reinterpret_cast<uintptr_t>(data);
@@ -23,7 +22,7 @@ inline void advise_huge_pages(void* data, int64_t bytes) {
   const uintptr_t end = (address + static_cast<uintptr_t>(bytes)) / page * page;
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: may fail
 #else
-  (void)data, (void)bytes;
+  (void)data, (void)bytes, (void)worthwhile;
 #endif
 }
 

@@ -36,8 +36,9 @@ struct SharedGradients {
     }
   }
 
-  void wish(BackwardWishes& wishes, const OptionalTensor& context_in, const OptionalTensor& bias_in,
-            const std::vector<bool>& needs) const {
+  void wish(
+      BackwardWishes& wishes, const OptionalTensor& context_in, const OptionalTensor& bias_in,
+      const std::vector<bool>& needs) const {
     if (needs[0] && context_in.has_value()) wishes.grad_context = &context;
     if (needs[1]) wishes.grad_input = &input;
     if (needs[2]) wishes.grad_weight = &weight;

@@ -44,18 +44,18 @@ struct SharedForwardArgs {
   void* peak;
   void* sum;
   void* dot;
-  void* excess;      // or null
-  int32_t* fired;    // [groups of the chunk][features], or null
-  void* kept;        // acc, logits of the first rows in strips of 128 bytes: [rows / 32][features][32] in float
+  void* excess;    // or null
+  int32_t* fired;  // [groups of the chunk][features], or null
+  void* kept;      // acc, logits of the first rows in strips of 128 bytes: [rows / 32][features][32] in float
   int64_t kept_rows;
   // acc [rows], padded to whole strips
   const void* row_weight;
   void* row_entropy;
   void* row_lse;
   void* row_excess;
-  void* prob_sum;         // acc [features]
-  int64_t* fired_sum;     // [features]
-  void* matrix;           // [rows, features] contiguous, of the matrix-valued operators
+  void* prob_sum;      // acc [features]
+  int64_t* fired_sum;  // [features]
+  void* matrix;        // [rows, features] contiguous, of the matrix-valued operators
   Scalar matrix_type;
 };
 
@@ -71,7 +71,7 @@ struct SharedBackwardArgs {
   void* tile;               // logits of the chunk, unless kept
   const void* kept;         // logits of the first kept_rows rows as the forward left them; null: in tile
   int64_t kept_rows;
-  void* dots;               // per feature block and lane: sum of probability times incoming gradient; or null
+  void* dots;                 // per feature block and lane: sum of probability times incoming gradient; or null
   const void* grad_prob_sum;  // acc [features], or null
   // acc [rows], padded to whole strips: dz = P (log_scale log P + offset + prob_scale grad_prob_sum) + excess_grad
   // where z > margin.

@@ -31,7 +31,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> shared_penalty(
   Tensor fired = cpu::zero_filled(input, {with_clamp ? features : 0}, ScalarType::Long);
   Tensor kept = new_tensor(input, keep_rows > 0 ? vector<int64_t>{keep_rows, features} : vector<int64_t>{0}, acc);
   const int64_t kept_rows = problem.kept_rows(keep_rows);
-  cpu::advise_huge_pages(kept.mutable_data_ptr(), kept.numel() * problem.acc_bytes());
+  cpu::advise_huge_pages(kept.mutable_data_ptr(), kept.numel() * problem.acc_bytes(), 4 << 20);
   if (kept_rows < keep_rows) torch::stable::zero_(kept);
 
   const Buffer weights = problem.gather(row_weight, 1, 1);
@@ -103,8 +103,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> shared_penalty_backward(
   const Buffer prob_grads = with_dots ? problem.feature_values(*grad_prob_sum) : Buffer(0);
   Buffer log_scale = problem.gather(std::nullopt, 0, 1), offset = problem.gather(std::nullopt, 0, 1);
   Buffer row_dots = problem.gather(std::nullopt, 0, 1);
-  (problem.is_double ? entropy_terms<double> : entropy_terms<float>)(
-      problem.logits.rows, entropy_grads, entropies, lse_grads, log_scale, offset);
+  (problem.is_double ? entropy_terms<double> : entropy_terms<float>)(problem.logits.rows, entropy_grads, entropies,
+                                                                     lse_grads, log_scale, offset);
 
   const SharedGradients grads(problem, context, input, weight, bias, needs);
   Tensor grad_row_weight = new_gradient(input, row_weight, needs[4]);

@@ -9,7 +9,9 @@ namespace {
 
 constexpr int64_t kMiB = 1 << 20;
 
-int64_t blocks_of(int64_t length, int64_t block) { return (length + block - 1) / block; }
+int64_t blocks_of(int64_t length, int64_t block) {
+  return (length + block - 1) / block;
+}
 
 // Rows whose logits are in scratch at one time: what stays in the caches, but enough rows to be worth reading
 // the weight for, in at most 48 MiB (or one strip, however long).
@@ -88,6 +90,7 @@ void pack_transposed(const SharedProblem& problem, const Workers& workers, const
 }  // namespace
 
 void run_forward(const SharedProblem& problem, const ForwardWishes& wishes) {
+  if (problem.logits.rows == 0) return;
   const SharedKernels& kernels = *problem.kernels;
   const Logits& logits = problem.logits;
   const int64_t size = problem.acc_bytes();
@@ -216,7 +219,8 @@ struct Partition {
 };
 
 void write_rows(
-    const SharedProblem& problem, const Workers& workers, const SharedBackwardArgs& args, const BackwardWishes& wishes) {
+    const SharedProblem& problem, const Workers& workers, const SharedBackwardArgs& args,
+    const BackwardWishes& wishes) {
   const Logits& logits = problem.logits;
   const int64_t channels = args.depth_end - args.depth_begin, strip_rows = problem.kernels->strip;
   workers.run(args.chunk.strips, args.chunk.rows * channels * args.parts, [&](int64_t strip, void*) {
@@ -236,6 +240,7 @@ void write_rows(
 }  // namespace
 
 void run_backward(const SharedProblem& problem, const BackwardWishes& wishes) {
+  if (problem.logits.rows == 0) return;
   const SharedKernels& kernels = *problem.kernels;
   const Logits& logits = problem.logits;
   const int64_t size = problem.acc_bytes();
@@ -301,8 +306,7 @@ void run_backward(const SharedProblem& problem, const BackwardWishes& wishes) {
         args.depth_end = depth_end;
         pack_transposed(problem, workers, args, packed.get());
         workers.run(
-            count.blocks * count.groups, count.work * (depth_end - depth_begin + 16),
-            [&](int64_t item, void* scratch) {
+            count.blocks * count.groups, count.work * (depth_end - depth_begin + 16), [&](int64_t item, void* scratch) {
               kernels.logits_task(args, item / count.groups, item % count.groups, scratch);
             });
       });
@@ -312,9 +316,8 @@ void run_backward(const SharedProblem& problem, const BackwardWishes& wishes) {
       });
     }
     if (with_dots) {
-      workers.run(count.strips, count.lanes * count.blocks, [&](int64_t strip, void*) {
-        kernels.combine_dots(args, strip);
-      });
+      workers.run(
+          count.strips, count.lanes * count.blocks, [&](int64_t strip, void*) { kernels.combine_dots(args, strip); });
     }
     if (with_gradients) {
       for_depth_blocks(logits, [&](int64_t depth_begin, int64_t depth_end) {
@@ -326,10 +329,9 @@ void run_backward(const SharedProblem& problem, const BackwardWishes& wishes) {
             kernels.pack_rows(logits, args.chunk, strip, depth_begin, depth_end, packed_rows.get());
           });
         }
-        workers.run(
-            args.parts * args.sums, count.work * (2 * channels + 16), [&](int64_t item, void* scratch) {
-              kernels.gradient_task(args, item % args.parts, item / args.parts, scratch);
-            });
+        workers.run(args.parts * args.sums, count.work * (2 * channels + 16), [&](int64_t item, void* scratch) {
+          kernels.gradient_task(args, item % args.parts, item / args.parts, scratch);
+        });
         if (with_rows) write_rows(problem, workers, args, wishes);
       });
     }

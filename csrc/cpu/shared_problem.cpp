@@ -112,6 +112,7 @@ SharedProblem::SharedProblem(
   }
   if (row_weight.has_value()) {
     const int64_t stride = row_weight->stride(0), rows = logits.rows;
+    used_.reserve(static_cast<size_t>(rows));  // so that data() is not null when no row takes part
     with_data(*row_weight, [&](const auto* values) {
       for (int64_t i = 0; i < rows; ++i) {
         if (static_cast<double>(values[i * stride]) != 0) used_.push_back(i);

@@ -6,29 +6,6 @@
 namespace fusefeat {
 namespace {
 
-// e^x for x <= 0 (a little above does no harm); NaN stays NaN.
-template <typename A>
-inline VecOf<A> exp_shifted(VecOf<A> x) {
-#if defined(FUSEFEAT_ISA_AVX512)
-  if constexpr (sizeof(A) == sizeof(float)) {
-    // The second operand is what max gives for a NaN.
-    x = (FloatVec)_mm512_max_ps(_mm512_set1_ps(-104.0f), (__m512)x);
-    const FloatVec t = x * 0x1.715476p+0f;  // 2^t
-    const FloatVec n = (FloatVec)_mm512_roundscale_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const FloatVec r = t - n;
-    FloatVec p = splat<float>(0x1.4440a4p-13f);
-    p = fma(p, r, splat<float>(0x1.5f095cp-10f));
-    p = fma(p, r, splat<float>(0x1.3b2a1ap-7f));
-    p = fma(p, r, splat<float>(0x1.c6af6cp-5f));
-    p = fma(p, r, splat<float>(0x1.ebfbep-3f));
-    p = fma(p, r, splat<float>(0x1.62e43p-1f));
-    p = fma(p, r, splat<float>(1.0f));
-    return (FloatVec)_mm512_scalef_ps((__m512)p, (__m512)n);
-  }
-#endif
-  return exp_lanes<A>(x);
-}
-
 // The lower bound lets 0 * x be 0 where x stands for -inf; NaN passes.
 template <typename A>
 inline VecOf<A> bounded_below(VecOf<A> x) {
@@ -36,9 +13,13 @@ inline VecOf<A> bounded_below(VecOf<A> x) {
   return x < low ? low : x;
 }
 
-inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t min_of(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
 
-inline int64_t blocks_of(int64_t length, int64_t block) { return (length + block - 1) / block; }
+inline int64_t blocks_of(int64_t length, int64_t block) {
+  return (length + block - 1) / block;
+}
 
 template <typename A, bool kPairs>
 inline int64_t packed_depth(int64_t channels) {
@@ -138,8 +119,7 @@ inline void clear_lanes(A* tile, int64_t features, int64_t rows) {
 
 // Columns [begin, begin + features) of a strip of rows of a matrix to a tile, and back; rows that are not there are 0.
 template <typename A>
-inline void matrix_to_tile(
-    const Matrix& matrix, int64_t row, int64_t rows, int64_t begin, int64_t features, A* tile) {
+inline void matrix_to_tile(const Matrix& matrix, int64_t row, int64_t rows, int64_t begin, int64_t features, A* tile) {
   constexpr int strip = kStrip<A>, lanes = kLanes<A>;
   for (int64_t f = 0; f < features; f += lanes) {
     const int64_t columns = min_of(lanes, features - f);

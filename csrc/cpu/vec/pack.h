@@ -56,8 +56,7 @@ inline void to_operands(const T* from, int64_t stride, int64_t count, int operan
 
 // Elements [begin, begin + count) of a row.
 template <typename A>
-inline void row_to_operands(
-    const Matrix& matrix, int64_t row, int64_t begin, int64_t count, int operand, A* to) {
+inline void row_to_operands(const Matrix& matrix, int64_t row, int64_t begin, int64_t count, int operand, A* to) {
   const int64_t offset = row * matrix.row_stride + begin * matrix.col_stride;
   const auto convert = [&](auto* base) { to_operands<A>(base + offset, matrix.col_stride, count, operand, to); };
   if constexpr (sizeof(A) == sizeof(double)) {
@@ -164,7 +163,8 @@ inline void pack_by_columns(const RowRange& rows, int64_t begin, int64_t end, A*
         VecOf<A> v[lanes];
         for (int r = 0; r < lanes; ++r) v[r] = load(block + (i * lanes + r) * strip + j * lanes);
         transpose<A>(v);
-        for (int k = 0; k < lanes && j * lanes + k < columns; ++k) store(to + (j * lanes + k) * strip + i * lanes, v[k]);
+        for (int k = 0; k < lanes && j * lanes + k < columns; ++k)
+          store(to + (j * lanes + k) * strip + i * lanes, v[k]);
       }
     }
   }

@@ -7,8 +7,8 @@
 namespace fusefeat {
 namespace {
 
-using cpu::SharedBackwardArgs;
 using cpu::Gradient;
+using cpu::SharedBackwardArgs;
 
 // Two vectors of per-row values of one strip; zeros without an array.
 template <typename A>
@@ -60,15 +60,16 @@ inline void matrix_block(
 
 // sum_f P g per lane, of logits.
 template <typename A>
-inline void logits_dots(const SharedBackwardArgs& args, int64_t strip, int64_t begin, int64_t features, Tile<A> z, A* dots) {
+inline void logits_dots(
+    const SharedBackwardArgs& args, int64_t strip, int64_t begin, int64_t features, Tile<A> z, A* dots) {
   constexpr int lanes = kLanes<A>;
   const Lanes<A> lse(args.row_lse, args.chunk.begin + strip * kStrip<A>);
   const A* grads = static_cast<const A*>(args.grad_prob_sum) + begin;
   VecOf<A> sum0{}, sum1{};
   for (int64_t f = 0; f < features; ++f) {
     const VecOf<A> g = splat<A>(grads[f]);
-    const VecOf<A> p0 = exp_shifted<A>(load(z.data + f * z.stride) - lse.v[0]);
-    const VecOf<A> p1 = exp_shifted<A>(load(z.data + f * z.stride + lanes) - lse.v[1]);
+    const VecOf<A> p0 = exp_nonpositive<A>(load(z.data + f * z.stride) - lse.v[0]);
+    const VecOf<A> p1 = exp_nonpositive<A>(load(z.data + f * z.stride + lanes) - lse.v[1]);
     sum0 += p0 == 0 ? VecOf<A>{} : p0 * g;
     sum1 += p1 == 0 ? VecOf<A>{} : p1 * g;
   }
@@ -205,7 +206,7 @@ inline void logit_gradient(
     for (int j = 0; j < 2; ++j) {
       const VecOf<A> v = load(z.data + f * z.stride + j * lanes);
       const VecOf<A> log_p = bounded_below<A>(v - lse.v[j]);
-      const VecOf<A> p = exp_shifted<A>(log_p);
+      const VecOf<A> p = exp_nonpositive<A>(log_p);
       const VecOf<A> t = fma(prob_scale.v[j], g, fma(log_scale.v[j], log_p, offset.v[j]));
       VecOf<A> d = p == 0 ? VecOf<A>{} : p * t;
       if (args.row_excess_grad != nullptr) d += v > margin ? excess.v[j] : VecOf<A>{};
@@ -252,8 +253,8 @@ struct GradientTiles {
 
 template <typename A, bool kPairs>
 inline void add_row_gradients(
-    const SharedBackwardArgs& args, const GradientTiles<A, kPairs>& tiles, const A* weights, int64_t part, int64_t begin_strip,
-    int64_t end_strip, bool first) {
+    const SharedBackwardArgs& args, const GradientTiles<A, kPairs>& tiles, const A* weights, int64_t part,
+    int64_t begin_strip, int64_t end_strip, bool first) {
   constexpr int strip = kStrip<A>;
   const int64_t rows = args.chunk.strips * strip, depth = tiles.feature_pairs();
   const int64_t channel_strips = blocks_of(args.depth_end - args.depth_begin, strip);
@@ -263,8 +264,8 @@ inline void add_row_gradients(
       const int64_t row = args.chunk.begin + s * strip, count = rows_of_strip<A>(args.chunk, s);
       const int64_t head = logits.used == nullptr ? row : logits.used[row];
       const int64_t tail = logits.used == nullptr ? row + count - 1 : logits.used[row + count - 1];
-      const bool wanted = (!args.skip_context && head < logits.context_rows) ||
-                          (!args.skip_input && tail >= logits.context_rows);
+      const bool wanted =
+          (!args.skip_context && head < logits.context_rows) || (!args.skip_input && tail >= logits.context_rows);
       if (!wanted) continue;
       const A* dz = tiles.strip_by_feature(s - begin_strip);
       A* to = static_cast<A*>(args.grad_rows) + ((part * channel_strips + c) * rows + s * strip) * strip;
@@ -382,7 +383,8 @@ void write_sums(const void* from, int64_t count, int64_t stride, int64_t length,
       const A* at = static_cast<const A*>(from) + i;
       const int left = static_cast<int>(min_of(lanes, length - i));
       VecOf<A> sum{};
-      for (int64_t k = 0; k < count; ++k) sum += left == lanes ? load(at + k * stride) : load_part(at + k * stride, left);
+      for (int64_t k = 0; k < count; ++k)
+        sum += left == lanes ? load(at + k * stride) : load_part(at + k * stride, left);
       if (left == lanes) {
         store(out + i, sum);
       } else {

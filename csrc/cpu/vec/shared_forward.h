@@ -46,7 +46,7 @@ inline void block_statistics(const A* z, int64_t features, A* e, A* peak, A* sum
   for (int64_t f = 0; f < features; ++f) {
     const VecOf<A> d0 = bounded_below<A>(load(z + f * kStrip<A>) - shift0);
     const VecOf<A> d1 = bounded_below<A>(load(z + f * kStrip<A> + lanes) - shift1);
-    const VecOf<A> e0 = exp_shifted<A>(d0), e1 = exp_shifted<A>(d1);
+    const VecOf<A> e0 = exp_nonpositive<A>(d0), e1 = exp_nonpositive<A>(d1);
     store(e + f * kStrip<A>, e0);
     store(e + f * kStrip<A> + lanes, e1);
     sum0 += e0;
@@ -170,7 +170,7 @@ void combine_strip(const SharedForwardArgs& args, int64_t strip) {
     for (int64_t b = 0; b < blocks; ++b) {
       const VecOf<A> block_peak = load(peaks + b * step);
       const VecOf<A> shift = block_peak == -kInfinity<A> ? VecOf<A>{} : block_peak - peak;
-      const VecOf<A> factor = exp_shifted<A>(shift);
+      const VecOf<A> factor = exp_nonpositive<A>(shift);
       const VecOf<A> block_sum = load(static_cast<const A*>(args.sum) + b * step + lane);
       const VecOf<A> block_dot = load(static_cast<const A*>(args.dot) + b * step + lane);
       sum = fma(factor, block_sum, sum);
@@ -185,7 +185,8 @@ void combine_strip(const SharedForwardArgs& args, int64_t strip) {
     store(static_cast<A*>(args.row_lse) + row, lse);
     store(static_cast<A*>(args.row_entropy) + row, log_sum - dot / sum);
     for (int64_t b = 0; b < blocks; ++b) {
-      store(peaks + b * step, weight * exp_shifted<A>(load(peaks + b * step) - peak) / sum);
+      const VecOf<A> scale = weight * exp_nonpositive<A>(load(peaks + b * step) - peak) / sum;
+      store(peaks + b * step, weight == 0 ? VecOf<A>{} : scale);  // lanes without a row
     }
   }
 }
@@ -214,9 +215,11 @@ void column_sums(const SharedForwardArgs& args, int64_t begin, int64_t end) {
       const VecOf<A> w0 = load(weights + s * strip), w1 = load(weights + s * strip + lanes);
       if (count == step) {
 #pragma GCC unroll 8
-        for (int i = 0; i < step; ++i) sum[i] = fma(load(e + i * strip + lanes), w1, fma(load(e + i * strip), w0, sum[i]));
+        for (int i = 0; i < step; ++i)
+          sum[i] = fma(load(e + i * strip + lanes), w1, fma(load(e + i * strip), w0, sum[i]));
       } else {
-        for (int i = 0; i < count; ++i) sum[i] = fma(load(e + i * strip + lanes), w1, fma(load(e + i * strip), w0, sum[i]));
+        for (int i = 0; i < count; ++i)
+          sum[i] = fma(load(e + i * strip + lanes), w1, fma(load(e + i * strip), w0, sum[i]));
       }
     }
     for (int i = 0; i < count; ++i) sums[f + i] += sum_lanes(sum[i]);

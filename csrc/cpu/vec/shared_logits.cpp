@@ -29,7 +29,9 @@ constexpr cpu::SharedKernels kKernels = {
 namespace cpu {
 
 #if defined(FUSEFEAT_BF16)
-const SharedKernels* shared_kernels_avx512_bf16() { return &kKernels<float, true>; }
+const SharedKernels* shared_kernels_avx512_bf16() {
+  return &kKernels<float, true>;
+}
 #elif defined(FUSEFEAT_ISA_AVX512)
 const SharedKernels* shared_kernels_avx512(bool is_double) {
   return is_double ? &kKernels<double, false> : &kKernels<float, false>;
