@@ -26,6 +26,19 @@ inline void advise_huge_pages(void* data, int64_t bytes, int64_t worthwhile = 32
 #endif
 }
 
+// Gives the pages inside a range of private memory back; what they held is lost.
+inline void release_pages(void* data, int64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t page = 64 << 10;  // a multiple of every page size in use
+  const uintptr_t address = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t begin = (address + page - 1) / page * page;
+  const uintptr_t end = (address + static_cast<uintptr_t>(bytes)) / page * page;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
 // Whether an output is written past the caches: when nothing of it would stay in them anyway, and each of
 // its rows starts and ends on a cache line.
 inline bool stream_output(const void* data, int64_t row_bytes, int64_t bytes) {
