@@ -20,4 +20,43 @@ STABLE_TORCH_LIBRARY(fusefeat, m) {
       "softmax_pool_backward(Tensor grad_out, Tensor? grad_weights, Tensor values, Tensor scores, Tensor? mask, "
       "Tensor? cu_seqlens, Tensor out, Tensor lse, Tensor weights, bool need_grad_values, bool need_grad_scores) "
       "-> (Tensor grad_values, Tensor grad_scores)");
+
+  // Rows are those of context (when given), then those of input, addressed in place; logits are
+  // z = margin * (row . weight^T + bias). operand: 0 multiplies the operands as they are, 1 rounds them to
+  // bfloat16 first, 2 to float16 (autocast). Rows whose row_weight is 0 are not read: their row results are 0.
+  // Results are in the accumulation type of input; gradients have the dtype of what they belong to, and are
+  // empty when needs, in the order of the results, does not ask for them. keep_rows: how many rows' logits the
+  // forward leaves in kept [keep_rows,F] for its backward.
+  // row_excess = sum_k max(z_k - margin, 0); fired [F] int64 counts the rows with z > margin; both are empty
+  // without with_clamp.
+  m.def(
+      "shared_penalty(Tensor? context, Tensor input, Tensor weight, Tensor? bias, float margin, Tensor? row_weight, "
+      "int operand, bool with_clamp, SymInt keep_rows) "
+      "-> (Tensor row_entropy, Tensor lse, Tensor prob_sum, Tensor row_excess, Tensor fired, Tensor kept)");
+  m.def(
+      "shared_penalty_backward(Tensor? grad_row_entropy, Tensor? grad_lse, Tensor? grad_prob_sum, "
+      "Tensor? grad_row_excess, Tensor? context, Tensor input, Tensor weight, Tensor? bias, float margin, "
+      "Tensor? row_weight, int operand, Tensor row_entropy, Tensor lse, Tensor kept, bool[] needs) "
+      "-> (Tensor grad_context, Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_row_weight)");
+  m.def(
+      "clamped_reg(Tensor? context, Tensor input, Tensor weight, Tensor? bias, float margin, Tensor? row_weight, "
+      "int operand) -> (Tensor row_excess, Tensor fired)");
+  m.def(
+      "clamped_reg_backward(Tensor grad_row_excess, Tensor? context, Tensor input, Tensor weight, Tensor? bias, "
+      "float margin, Tensor? row_weight, int operand, bool[] needs) "
+      "-> (Tensor grad_context, Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+  m.def(
+      "shared_assignment(Tensor? context, Tensor input, Tensor weight, Tensor? bias, float margin, int operand) "
+      "-> Tensor");
+  m.def(
+      "shared_assignment_backward(Tensor grad, Tensor? context, Tensor input, Tensor weight, Tensor? bias, "
+      "float margin, int operand, Tensor assignment, bool[] needs) "
+      "-> (Tensor grad_context, Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+  m.def(
+      "clamped_activation(Tensor? context, Tensor input, Tensor weight, Tensor? bias, float margin, int operand) "
+      "-> Tensor");
+  m.def(
+      "clamped_activation_backward(Tensor grad, Tensor? context, Tensor input, Tensor weight, Tensor? bias, "
+      "float margin, int operand, bool[] needs) "
+      "-> (Tensor grad_context, Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
 }

@@ -5,8 +5,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <memory>
-#include <new>
 #include <tuple>
 #include <utility>
 
@@ -20,6 +18,7 @@ namespace fusefeat {
 namespace {
 
 using cpu::BackwardArgs;
+using cpu::Buffer;
 using cpu::ForwardArgs;
 using cpu::PoolArgs;
 using cpu::PoolItem;
@@ -43,22 +42,6 @@ const PoolKernels& kernels_for(ScalarType type) {
       return *cpu::pool_kernels_generic(token_type);
   }
 }
-
-// Uninitialised memory for the kernels, aligned to cache lines.
-class Buffer {
- public:
-  explicit Buffer(int64_t bytes) {
-    if (bytes > 0) data_.reset(static_cast<char*>(::operator new(static_cast<size_t>(bytes), alignment)));
-  }
-  char* get() const { return data_.get(); }
-
- private:
-  static constexpr std::align_val_t alignment{64};
-  struct Free {
-    void operator()(char* data) const { ::operator delete(data, alignment); }
-  };
-  std::unique_ptr<char, Free> data_;
-};
 
 cpu::Strides to_cpu(const TokenStrides& strides) {
   return {strides.bag, strides.token, strides.inner};

@@ -1,0 +1,80 @@
+#include <algorithm>
+
+#include "shared_workers.h"
+
+namespace fusefeat::cpu {
+
+void run_forward(const SharedProblem& problem, const ForwardWishes& wishes) {
+  if (problem.logits.rows == 0) return;
+  const SharedKernels& kernels = *problem.kernels;
+  const Logits& logits = problem.logits;
+  const int64_t size = problem.acc_bytes();
+  const bool exponentials = wishes.row_entropy != nullptr;
+  const bool in_scratch = exponentials || logits.depth_block < logits.channels;
+  const int64_t rows = chunk_rows(problem, logits.rows, in_scratch);
+  const Counts most(problem, chunk_at(problem, 0, rows));
+  const Workers workers(problem);
+  const Buffer packed = packed_buffer(problem, rows);
+  const Buffer tile(in_scratch ? most.lanes * logits.features * size : 0);
+  const Buffer statistics(exponentials ? 3 * most.blocks * most.lanes * size : 0);
+  const Buffer excess(wishes.row_excess != nullptr ? most.blocks * most.lanes * size : 0);
+  const Buffer fired(
+      wishes.fired != nullptr ? most.groups * logits.features * static_cast<int64_t>(sizeof(int32_t)) : 0);
+
+  SharedForwardArgs args{};
+  args.logits = logits;
+  args.packed = packed.get();
+  args.tile = tile.get();
+  if (exponentials) {
+    const int64_t step = most.blocks * most.lanes * size;
+    args.peak = statistics.get();
+    args.sum = statistics.get() + step;
+    args.dot = statistics.get() + 2 * step;
+    args.row_weight = wishes.row_weight->get();
+    args.row_entropy = wishes.row_entropy->get();
+    args.row_lse = wishes.lse->get();
+  }
+  args.excess = excess.get();
+  args.fired = reinterpret_cast<int32_t*>(fired.get());
+  args.kept = wishes.kept;
+  args.kept_rows = wishes.kept_rows;
+  args.row_excess = wishes.row_excess == nullptr ? nullptr : wishes.row_excess->get();
+  args.prob_sum = wishes.prob_sum;
+  args.fired_sum = wishes.fired;
+  if (wishes.matrix != nullptr) {
+    args.matrix = wishes.matrix->mutable_data_ptr();
+    args.matrix_type = scalar_of(wishes.matrix->scalar_type());
+  }
+
+  for (int64_t begin = 0; begin < logits.rows; begin += rows) {
+    args.chunk = chunk_at(problem, begin, std::min(begin + rows, logits.rows));
+    const Counts count(problem, args.chunk);
+    for_depth_blocks(logits, [&](int64_t depth_begin, int64_t depth_end) {
+      args.depth_begin = depth_begin;
+      args.depth_end = depth_end;
+      pack_transposed(problem, workers, args, packed.get());
+      workers.run(
+          count.blocks * count.groups, count.work * (depth_end - depth_begin + 16), [&](int64_t item, void* scratch) {
+            kernels.forward_task(args, item / count.groups, item % count.groups, scratch);
+          });
+    });
+    if (exponentials || wishes.row_excess != nullptr) {
+      workers.run(count.strips, count.lanes * count.blocks * 16, [&](int64_t strip, void*) {
+        kernels.combine_strip(args, strip);
+      });
+    }
+    if (wishes.prob_sum != nullptr || wishes.fired != nullptr) {
+      constexpr int64_t step = 16;  // divides the block of more than one block
+      workers.run(blocks_of(logits.features, step), count.work, [&](int64_t item, void*) {
+        kernels.column_sums(args, item * step, std::min((item + 1) * step, logits.features));
+      });
+    }
+    if (wishes.softmax) {
+      workers.run(count.blocks * count.groups, count.work * 4, [&](int64_t item, void* scratch) {
+        kernels.write_assignment(args, item / count.groups, item % count.groups, scratch);
+      });
+    }
+  }
+}
+
+}  // namespace fusefeat::cpu

@@ -1,0 +1,122 @@
+// What the torch side of the shared-logits operators tells the vector kernels, and the table of these kernels.
+// Plain data only: the kernels are compiled once per instruction set and see no torch or std code.
+//
+// Rows are processed in strips as wide as two vectors, one lane per row, and features in blocks. A chunk is
+// the rows whose logits are in scratch at one time. "acc" is the accumulation type.
+#pragma once
+
+#include <stdint.h>
+
+namespace fusefeat::cpu {
+
+enum class Scalar : int { f32, f64, bf16, f16 };
+
+struct Matrix {
+  const void* data;
+  int64_t row_stride, col_stride;
+  Scalar type;
+};
+
+struct Logits {
+  Matrix context, input, weight;
+  int64_t context_rows;
+  const int64_t* used;  // which rows of (context | input) take part; null: all of them
+  int64_t rows, features, channels;
+  const void* bias;  // acc [features], or null
+  double margin;
+  int operand;          // as in the schema
+  int64_t block;        // features per block
+  int64_t group;        // rows per group: the rows of one task at most
+  int64_t depth_block;  // channels that are packed at a time
+};
+
+struct Chunk {
+  int64_t begin, rows, strips;
+};
+
+struct SharedForwardArgs {
+  Logits logits;
+  Chunk chunk;
+  int64_t depth_begin, depth_end;
+  const void* packed;  // the chunk's rows, channels [depth_begin, depth_end), transposed
+  void* tile;          // acc [strips][features][strip]; null: only clamp statistics are wanted
+  // Per feature block and lane of the chunk.
+  void* peak;
+  void* sum;
+  void* dot;
+  void* excess;    // or null
+  int32_t* fired;  // [groups of the chunk][features], or null
+  void* kept;      // acc, logits of the first rows in strips of 128 bytes: [rows / 32][features][32] in float
+  int64_t kept_rows;
+  // acc [rows], padded to whole strips
+  const void* row_weight;
+  void* row_entropy;
+  void* row_lse;
+  void* row_excess;
+  void* prob_sum;      // acc [features]
+  int64_t* fired_sum;  // [features]
+  void* matrix;        // [rows, features] contiguous, of the matrix-valued operators
+  Scalar matrix_type;
+};
+
+enum class Gradient : int { penalty, clamp, assignment, activation };
+
+struct SharedBackwardArgs {
+  Logits logits;
+  Chunk chunk;
+  Gradient kind;
+  int64_t depth_begin, depth_end;
+  const void* packed;       // as in the forward
+  const void* packed_rows;  // [channels / strip][rows of the chunk][strip]
+  void* tile;               // logits of the chunk, unless kept
+  const void* kept;         // logits of the first kept_rows rows as the forward left them; null: in tile
+  int64_t kept_rows;
+  void* dots;                 // per feature block and lane: sum of probability times incoming gradient; or null
+  const void* grad_prob_sum;  // acc [features], or null
+  // acc [rows], padded to whole strips: dz = P (log_scale log P + offset + prob_scale grad_prob_sum) + excess_grad
+  // where z > margin.
+  const void* row_lse;
+  const void* row_log_scale;
+  void* row_offset;
+  const void* row_prob_scale;
+  const void* row_excess_grad;  // or null
+  void* row_dot;
+  Matrix grad;        // of the matrix-valued operators
+  Matrix assignment;  // of shared_assignment
+  // Partition of the gradient phase: `parts` ranges of feature blocks times `sums` ranges of groups.
+  int64_t parts, sums;
+  void* grad_rows;    // [parts][channels of the depth block / strip][rows of the chunk][strip] in acc, or null
+  void* grad_weight;  // [sums][features][channels] in acc, or null
+  void* grad_bias;    // [sums][features] in acc, or null
+  bool skip_context, skip_input;  // rows whose gradient nobody wants
+};
+
+struct SharedKernels {
+  int64_t strip;        // rows
+  int64_t pack_factor;  // operands per packed element: 2 for pairs of bfloat16
+  int64_t accumulator_bytes;
+  // Bytes of scratch that one worker needs in any of the tasks.
+  int64_t (*worker_bytes)(const Logits&);
+  void (*pack_transposed)(const Logits&, const Chunk&, int64_t strip, int64_t begin, int64_t end, void* to);
+  void (*pack_rows)(const Logits&, const Chunk&, int64_t strip, int64_t begin, int64_t end, void* to);
+  void (*forward_task)(const SharedForwardArgs&, int64_t block, int64_t group, void* scratch);
+  void (*combine_strip)(const SharedForwardArgs&, int64_t strip);
+  void (*column_sums)(const SharedForwardArgs&, int64_t begin, int64_t end);
+  void (*write_assignment)(const SharedForwardArgs&, int64_t block, int64_t group, void* scratch);
+  void (*logits_task)(const SharedBackwardArgs&, int64_t block, int64_t group, void* scratch);
+  void (*dots_task)(const SharedBackwardArgs&, int64_t block, int64_t group, void* scratch);
+  void (*combine_dots)(const SharedBackwardArgs&, int64_t strip);
+  void (*gradient_task)(const SharedBackwardArgs&, int64_t part, int64_t sum, void* scratch);
+  // Sums the parts of one row's gradient; `to` holds the channels of the depth block.
+  void (*write_row)(const SharedBackwardArgs&, int64_t row, void* to, Scalar type);
+  // Sums `count` arrays that lie `stride` apart over [0, length).
+  void (*write_sums)(const void* from, int64_t count, int64_t stride, int64_t length, void* to, Scalar type);
+};
+
+// pairs: operands are bfloat16, multiplied two at a time; only where the machine can.
+const SharedKernels* shared_kernels_generic(bool is_double);
+const SharedKernels* shared_kernels_avx2(bool is_double);
+const SharedKernels* shared_kernels_avx512(bool is_double);
+const SharedKernels* shared_kernels_avx512_bf16();
+
+}  // namespace fusefeat::cpu

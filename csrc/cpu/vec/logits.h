@@ -1,0 +1,173 @@
+// Tiles of logits z = margin * (row . weight + bias): [feature][row of the strip], in acc.
+#pragma once
+
+#include "pack.h"
+
+namespace fusefeat {
+namespace {
+
+// The lower bound lets 0 * x be 0 where x stands for -inf; NaN passes.
+template <typename A>
+inline VecOf<A> bounded_below(VecOf<A> x) {
+  const VecOf<A> low = splat<A>(static_cast<A>(-1e30));
+  return x < low ? low : x;
+}
+
+inline int64_t min_of(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+
+inline int64_t blocks_of(int64_t length, int64_t block) {
+  return (length + block - 1) / block;
+}
+
+template <typename A, bool kPairs>
+inline int64_t packed_depth(int64_t channels) {
+  return kPairs ? (channels + 1) / 2 : channels;
+}
+
+// Where a strip of the packed rows of a chunk begins.
+template <typename A, bool kPairs>
+inline const A* packed_strip(const Logits& logits, const void* packed, int64_t strip) {
+  return static_cast<const A*>(packed) + strip * packed_depth<A, kPairs>(logits.depth_block) * kStrip<A>;
+}
+
+// Elements of a packed block of weights.
+template <typename A, bool kPairs>
+inline int64_t packed_weight_length(const Logits& logits) {
+  return blocks_of(logits.depth_block, kStrip<A> * (kPairs ? 2 : 1)) * logits.block * kStrip<A>;
+}
+
+// One strip of rows times `features` weights. Starts from `from` when given (earlier channels), and applies
+// margin and bias when these are the last channels.
+template <typename A, bool kPairs>
+inline void logits_tile(
+    const Logits& logits, const A* weights, const A* rows, int64_t depth, int64_t first_feature, int64_t features,
+    const A* from, bool last, A* to) {
+  constexpr int strip = kStrip<A>;
+  const VecOf<A> margin = splat<A>(static_cast<A>(logits.margin));
+  const A* bias = logits.bias == nullptr ? nullptr : static_cast<const A*>(logits.bias) + first_feature;
+  for_row_tiles(features, [&]<int kRows>(int64_t f) {
+    VecOf<A> sum[kRows][2];
+    clear_tile<A, kRows>(sum);
+    multiply_rows<A, kPairs, kRows, strip>(weights + f * strip, features * strip, rows, depth, sum);
+    if (from != nullptr) {
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        sum[r][0] += load(from + (f + r) * strip);
+        sum[r][1] += load(from + (f + r) * strip + kLanes<A>);
+      }
+    }
+    if (last) {
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        const VecOf<A> b = bias == nullptr ? VecOf<A>{} : splat<A>(bias[f + r]);
+        sum[r][0] = margin * (sum[r][0] + b);
+        sum[r][1] = margin * (sum[r][1] + b);
+      }
+    }
+    store_tile<A, kRows>(to + f * strip, strip, strip, false, sum);
+  });
+}
+
+// Kept logits lie in strips of 128 bytes on every instruction set, the last one as narrow as its rows.
+template <typename A>
+struct KeptStrip {
+  int64_t offset, width;
+
+  KeptStrip(int64_t features, int64_t rows, int64_t row, int64_t feature) {
+    constexpr int64_t full = 128 / static_cast<int64_t>(sizeof(A));
+    const int64_t head = row / full * full;
+    width = min_of(full, rows - head);
+    offset = head * features + feature * width + row - head;
+  }
+};
+
+// -1 in the lanes of a strip that hold a row.
+template <typename A>
+inline void valid_lanes(int64_t rows, IntOf<A> (&valid)[2]) {
+  const IntOf<A> lane = iota<A>();
+  for (int j = 0; j < 2; ++j) valid[j] = lane + j * kLanes<A> < static_cast<int>(rows);
+}
+
+template <typename A>
+inline int count_lanes(IntOf<A> mask) {
+#if defined(FUSEFEAT_ISA_AVX512)
+  if constexpr (sizeof(A) == sizeof(float)) return __builtin_popcount(_mm512_movepi32_mask((__m512i)mask));
+  return __builtin_popcount(_mm512_movepi64_mask((__m512i)mask));
+#else
+  int count = 0;
+  for (int i = 0; i < kLanes<A>; ++i) count -= static_cast<int>(mask[i]);
+  return count;
+#endif
+}
+
+// Rows of the chunk's strip that exist.
+template <typename A>
+inline int64_t rows_of_strip(const Chunk& chunk, int64_t strip) {
+  return min_of(kStrip<A>, chunk.rows - strip * kStrip<A>);
+}
+
+// Zeros where a strip has no row: an infinite weight makes a NaN of a row of zeros.
+template <typename A>
+inline void clear_lanes(A* tile, int64_t features, int64_t rows) {
+  if (rows >= kStrip<A>) return;
+  for (int64_t f = 0; f < features; ++f) {
+    for (int64_t i = rows; i < kStrip<A>; ++i) tile[f * kStrip<A> + i] = 0;
+  }
+}
+
+// Columns [begin, begin + features) of a strip of rows of a matrix to a tile, and back; rows that are not there are 0.
+template <typename A>
+inline void matrix_to_tile(const Matrix& matrix, int64_t row, int64_t rows, int64_t begin, int64_t features, A* tile) {
+  constexpr int strip = kStrip<A>, lanes = kLanes<A>;
+  for (int64_t f = 0; f < features; f += lanes) {
+    const int64_t columns = min_of(lanes, features - f);
+    for (int i = 0; i < 2; ++i) {
+      alignas(64) A block[lanes * lanes] = {};
+      for (int r = 0; r < lanes && i * lanes + r < rows; ++r) {
+        row_to_operands<A>(matrix, row + i * lanes + r, begin + f, columns, 0, block + r * lanes);
+      }
+      VecOf<A> v[lanes];
+      for (int r = 0; r < lanes; ++r) v[r] = load(block + r * lanes);
+      transpose<A>(v);
+      for (int k = 0; k < columns; ++k) store(tile + (f + k) * strip + i * lanes, v[k]);
+    }
+  }
+}
+
+template <typename A, typename T>
+inline void tile_to_matrix(const A* tile, int64_t rows, int64_t features, T* to, int64_t row_stride) {
+  constexpr int strip = kStrip<A>, lanes = kLanes<A>;
+  for (int64_t f = 0; f < features; f += lanes) {
+    const int columns = static_cast<int>(min_of(lanes, features - f));
+    for (int i = 0; i < 2; ++i) {
+      VecOf<A> v[lanes];
+      for (int k = 0; k < lanes; ++k) v[k] = k < columns ? load(tile + (f + k) * strip + i * lanes) : VecOf<A>{};
+      transpose<A>(v);
+      for (int r = 0; r < lanes && i * lanes + r < rows; ++r) {
+        T* row = to + (i * lanes + r) * row_stride + f;
+        if (columns == lanes) {
+          store(row, v[r]);
+        } else {
+          store_part(row, v[r], columns);
+        }
+      }
+    }
+  }
+}
+
+// Calls body with a typed pointer to element `offset`.
+template <typename A, typename Body>
+inline void with_type(Scalar type, void* data, int64_t offset, const Body& body) {
+  if constexpr (sizeof(A) == sizeof(double)) {
+    body(static_cast<double*>(data) + offset);
+  } else {
+    if (type == Scalar::f32) body(static_cast<float*>(data) + offset);
+    if (type == Scalar::bf16) body(static_cast<BFloat16*>(data) + offset);
+    if (type == Scalar::f16) body(static_cast<Half*>(data) + offset);
+  }
+}
+
+}  // namespace
+}  // namespace fusefeat

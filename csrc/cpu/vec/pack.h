@@ -1,0 +1,203 @@
+// Packing of rows and weights for gemm.h: any strides and dtypes in, strips of the accumulation type (or of
+// pairs of bfloat16) out, zeros where a strip reaches past the matrix.
+#pragma once
+
+#include "cpu/shared_logits.h"
+#include "gemm.h"
+
+namespace fusefeat {
+namespace {
+
+using cpu::Chunk;
+using cpu::Logits;
+using cpu::Matrix;
+using cpu::Scalar;
+
+template <typename A>
+inline A round_to(A value, int operand) {
+  if (operand == 1) {
+    BFloat16 rounded;
+    from_acc(static_cast<float>(value), &rounded);
+    return static_cast<A>(to_acc(rounded));
+  }
+  if (operand == 2) {
+    Half rounded;
+    from_acc(static_cast<float>(value), &rounded);
+    return static_cast<A>(to_acc(rounded));
+  }
+  return value;
+}
+
+inline FloatVec round_lanes(FloatVec v, int operand) {
+  if (operand == 1) {
+    BFloat16 rounded[kLanes<float>];
+    store(rounded, v);
+    return load(rounded);
+  }
+  Half rounded[kLanes<float>];
+  store(rounded, v);
+  return load(rounded);
+}
+
+// `count` elements to acc, rounded to the operand's type.
+template <typename A, typename T>
+inline void to_operands(const T* from, int64_t stride, int64_t count, int operand, A* to) {
+  int64_t i = 0;
+  if constexpr (sizeof(A) == sizeof(float)) {
+    if (stride == 1) {
+      for (; i + kLanes<A> <= count; i += kLanes<A>) {
+        const FloatVec v = load(from + i);
+        store(to + i, operand == 0 ? v : round_lanes(v, operand));
+      }
+    }
+  }
+  for (; i < count; ++i) to[i] = round_to<A>(static_cast<A>(to_acc(from[i * stride])), operand);
+}
+
+// Elements [begin, begin + count) of a row.
+template <typename A>
+inline void row_to_operands(const Matrix& matrix, int64_t row, int64_t begin, int64_t count, int operand, A* to) {
+  const int64_t offset = row * matrix.row_stride + begin * matrix.col_stride;
+  const auto convert = [&](auto* base) { to_operands<A>(base + offset, matrix.col_stride, count, operand, to); };
+  if constexpr (sizeof(A) == sizeof(double)) {
+    convert(static_cast<const double*>(matrix.data));
+  } else {
+    if (matrix.type == Scalar::f32) convert(static_cast<const float*>(matrix.data));
+    if (matrix.type == Scalar::bf16) convert(static_cast<const BFloat16*>(matrix.data));
+    if (matrix.type == Scalar::f16) convert(static_cast<const Half*>(matrix.data));
+  }
+}
+
+// A range of rows that are packed together: of the chunk, or of the weight.
+struct RowRange {
+  const Logits* logits;
+  bool is_weight;
+  int64_t begin, count;  // rows at and past `count` are zero
+
+  // Which matrix, and which of its rows, holds a row of this range.
+  const Matrix& locate(int64_t& row) const {
+    row += begin;
+    if (is_weight) return logits->weight;
+    if (logits->used != nullptr) row = logits->used[row];
+    if (row < logits->context_rows) return logits->context;
+    row -= logits->context_rows;
+    return logits->input;
+  }
+
+  template <typename A>
+  void get(int64_t row, int64_t begin_column, int64_t columns, A* to) const {
+    if (row >= count) {
+      for (int64_t i = 0; i < columns; ++i) to[i] = A{};
+      return;
+    }
+    const Matrix& matrix = locate(row);
+    row_to_operands(matrix, row, begin_column, columns, logits->operand, to);
+  }
+
+  // The row itself when it holds neighbouring bfloat16 that need no rounding, else null.
+  const BFloat16* bfloat16_row(int64_t row, int64_t column) const {
+    if (row >= count) return nullptr;
+    const Matrix& matrix = locate(row);
+    if (matrix.type != Scalar::bf16 || matrix.col_stride != 1) return nullptr;
+    return static_cast<const BFloat16*>(matrix.data) + row * matrix.row_stride + column;
+  }
+};
+
+#if defined(FUSEFEAT_BF16)
+// Two vectors of float to 32 bfloat16, in order.
+inline FloatVec to_pairs(const float* from) {
+  return (FloatVec)_mm512_cvtne2ps_pbh((__m512)load(from + 16), (__m512)load(from));
+}
+
+// Lane i of the results: (a[i], b[i]), of 16 lanes each.
+inline FloatVec interleave_pairs(FloatVec a, FloatVec b) {
+  typedef Simd<float>::U U;
+  return (FloatVec)(((U)a >> 16) | ((U)b & 0xffff0000u));
+}
+#endif
+
+// One strip's worth of a row, columns [begin, begin + columns) of it being there.
+template <typename A, bool kPairs>
+inline void get_strip(const RowRange& rows, int64_t row, int64_t begin, int64_t columns, A* to) {
+  constexpr int width = kStrip<A> * (kPairs ? 2 : 1);
+  const int64_t count = columns < width ? (columns < 0 ? 0 : columns) : width;
+  if constexpr (kPairs) {
+#if defined(FUSEFEAT_BF16)
+    const BFloat16* direct = count == width ? rows.bfloat16_row(row, begin) : nullptr;
+    if (direct != nullptr) {
+      __builtin_memcpy(to, direct, width * sizeof *direct);
+      return;
+    }
+    float wide[width];
+    rows.get(row, begin, count, wide);
+    for (int64_t i = count; i < width; ++i) wide[i] = 0;
+    store(to, to_pairs(wide));
+    store(to + 16, to_pairs(wide + 32));
+#endif
+  } else {
+    rows.get(row, begin, count, to);
+    for (int64_t i = count; i < width; ++i) to[i] = A{};
+  }
+}
+
+// For the broadcast operand: to[strip of columns][row][column], pairs along the columns.
+template <typename A, bool kPairs>
+inline void pack_by_rows(const RowRange& rows, int64_t begin, int64_t end, A* to) {
+  constexpr int width = kStrip<A> * (kPairs ? 2 : 1);
+  for (int64_t c = begin; c < end; c += width) {
+    for (int64_t r = 0; r < rows.count; ++r, to += kStrip<A>) get_strip<A, kPairs>(rows, r, c, end - c, to);
+  }
+}
+
+// to[column or pair of them][row], kStrip rows.
+template <typename A, bool kPairs>
+inline void pack_by_columns(const RowRange& rows, int64_t begin, int64_t end, A* to) {
+  constexpr int strip = kStrip<A>, lanes = kLanes<A>, width = strip * (kPairs ? 2 : 1);
+  alignas(64) A block[strip * strip];
+  for (int64_t c = begin; c < end; c += width, to += strip * strip) {
+    for (int r = 0; r < strip; ++r) get_strip<A, kPairs>(rows, r, c, end - c, block + r * strip);
+    const int64_t left = kPairs ? (end - c + 1) / 2 : end - c;
+    const int64_t columns = left < strip ? left : strip;
+    for (int i = 0; i < 2; ++i) {
+      for (int j = 0; j < 2; ++j) {
+        VecOf<A> v[lanes];
+        for (int r = 0; r < lanes; ++r) v[r] = load(block + (i * lanes + r) * strip + j * lanes);
+        transpose<A>(v);
+        for (int k = 0; k < lanes && j * lanes + k < columns; ++k)
+          store(to + (j * lanes + k) * strip + i * lanes, v[k]);
+      }
+    }
+  }
+}
+
+// to[strip of columns][row or pair of them][column], strips `stride` apart; pairs along the rows.
+template <typename A, bool kPairs>
+inline void pack_along_rows(const RowRange& rows, int64_t count, int64_t begin, int64_t end, int64_t stride, A* to) {
+  constexpr int strip = kStrip<A>;
+  for (int64_t c = begin; c < end; c += strip, to += stride) {
+    if constexpr (kPairs) {
+#if defined(FUSEFEAT_BF16)
+      const int64_t columns = end - c < strip ? end - c : strip;
+      float a[strip] = {}, b[strip] = {};
+      for (int64_t r = 0; r < count; r += 2) {
+        const BFloat16* direct_a = columns == strip ? rows.bfloat16_row(r, c) : nullptr;
+        const BFloat16* direct_b = columns == strip ? rows.bfloat16_row(r + 1, c) : nullptr;
+        if (direct_a != nullptr && direct_b != nullptr) {
+          store(to + r / 2 * strip, interleave_pairs(load(direct_a), load(direct_b)));
+          store(to + r / 2 * strip + 16, interleave_pairs(load(direct_a + 16), load(direct_b + 16)));
+          continue;
+        }
+        rows.get(r, c, columns, a);
+        rows.get(r + 1, c, columns, b);
+        store(to + r / 2 * strip, interleave_pairs(load(a), load(b)));
+        store(to + r / 2 * strip + 16, interleave_pairs(load(a + 16), load(b + 16)));
+      }
+#endif
+    } else {
+      for (int64_t r = 0; r < count; ++r) get_strip<A, false>(rows, r, c, end - c, to + r * strip);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace fusefeat
