@@ -1,7 +1,7 @@
 """Fused feature-learning ops for PyTorch: attention softmax-pooling without the big intermediate tensors."""
 
-from ._version import __version__
 from . import functional, nn
+from ._version import __version__
 from .functional import attention_pool, softmax_pool
 from .nn import Attention, AttentionPool
 

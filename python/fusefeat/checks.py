@@ -131,7 +131,7 @@ def tokens_and_layout(function: str, name: str, x: Any, mask: Any, cu_seqlens: A
 def query(function: str, value: Any, x: Tensor) -> None:
     floating(function, "query", value)
     channels = x.shape[-1]
-    if value.dim() not in (1, 2) or value.shape[-1] != channels or value.shape[0] == 0 and value.dim() == 2:
+    if value.dim() not in (1, 2) or value.shape[-1] != channels or (value.shape[0] == 0 and value.dim() == 2):
         raise ValueError(
             f"{function}: query must be [D] or [K,D] with D = {channels} (as in x) and K >= 1, got {describe(value)}"
         )

@@ -72,7 +72,8 @@ class Pool:
             return torch.func.vjp(formula, x, other)[1](cotangents)
 
         cotangents = (grad_out,) if grad_weights is None else (grad_out, grad_weights)
-        firsts, pull = torch.func.vjp(first_gradients, x, other, *cotangents)
+        pullback: Any = torch.func.vjp(first_gradients, x, other, *cotangents)
+        firsts, pull = pullback
         filled = tuple(
             torch.zeros_like(first) if grad is None or grad.shape != first.shape else grad
             for grad, first in zip(grads, firsts, strict=True)
@@ -92,7 +93,7 @@ class _Forward(torch.autograd.Function):
         _remember(ctx, x, other, mask, cu_seqlens, output, ctx.extra[-1])
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Any, grad_lse: Any, grad_weights: Any) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_out: Any, grad_lse: Any, grad_weights: Any) -> Any:
         need_x, need_other = ctx.needs_input_grad[1:3]
         grad_x, grad_other = _first_gradients(
             ctx, ctx.pool.gradients, ctx.extra[:-1], grad_out, grad_weights, need_x, need_other
@@ -116,7 +117,7 @@ class _Backward(torch.autograd.Function):
         _remember_backward(ctx, inputs[1:])
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Any) -> Any:
         return None, *_second_gradients(ctx, ctx.pool, grads)
 
     @staticmethod

@@ -19,7 +19,7 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
 def bag_of_token(cu_seqlens: Tensor, tokens: int) -> Tensor:
     """Packed layout: the index of the bag each of the S tokens belongs to, [S] int64; B for a token of no bag."""
     position = torch.arange(tokens, device=cu_seqlens.device)
-    bag = torch.searchsorted(cu_seqlens[1:].long(), position, right=True)
+    bag = torch.searchsorted(cu_seqlens[1:].long().contiguous(), position, right=True)
     return torch.where(position < cu_seqlens[0], cu_seqlens.shape[0] - 1, bag)
 
 
