@@ -37,8 +37,8 @@ def find_torch() -> ModuleType:
         import torch
     except ImportError:
         raise SystemExit(
-            "fusefeat: torch is needed to build. Either `pip install .`, which fetches its own, or install torch before "
-            "`pip install . --no-build-isolation`."
+            "fusefeat: torch is needed to build. Either `pip install .`, which fetches its own for the build, "
+            "or install torch before `pip install . --no-build-isolation`."
         ) from None
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < TORCH_TARGET:
         raise SystemExit(f"fusefeat: torch >= {dotted(TORCH_TARGET)} is needed to build, found {torch.__version__}")

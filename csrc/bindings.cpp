@@ -55,9 +55,13 @@ Function* cpu_function(const char* name) {
   return reinterpret_cast<Function*>(symbol);
 }
 
-std::string isa_best() { return kIsaNames[cpu_function<int()>("fusefeat_isa_best")()]; }
+std::string isa_best() {
+  return kIsaNames[cpu_function<int()>("fusefeat_isa_best")()];
+}
 
-std::string isa_current() { return kIsaNames[cpu_function<int()>("fusefeat_isa_current")()]; }
+std::string isa_current() {
+  return kIsaNames[cpu_function<int()>("fusefeat_isa_current")()];
+}
 
 void isa_set(const std::string& name) {
   for (int isa = 0; isa < 3; ++isa) {

@@ -12,8 +12,7 @@ using fusefeat::Isa;
 Isa detect() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   return avx512 ? Isa::avx512 : avx2 ? Isa::avx2 : Isa::generic;
@@ -47,9 +46,13 @@ std::atomic<Isa>& current() {
 
 extern "C" {
 
-FUSEFEAT_EXPORT int fusefeat_isa_best() { return static_cast<int>(best()); }
+FUSEFEAT_EXPORT int fusefeat_isa_best() {
+  return static_cast<int>(best());
+}
 
-FUSEFEAT_EXPORT int fusefeat_isa_current() { return static_cast<int>(current().load(std::memory_order_relaxed)); }
+FUSEFEAT_EXPORT int fusefeat_isa_current() {
+  return static_cast<int>(current().load(std::memory_order_relaxed));
+}
 
 FUSEFEAT_EXPORT int fusefeat_isa_set(int isa) {
   if (isa < 0 || isa > static_cast<int>(best())) return 0;

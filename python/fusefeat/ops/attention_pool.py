@@ -62,6 +62,7 @@ def _pool(
         backward_args=arguments,
         grads=(0, 2),
         saved=(0, 1, 2),
+        optional=(2, arguments),
         needs_as_list=False,
         first_grad_required=True,
         vmap_rule=functools.partial(_vmap, other_is_per_token),

@@ -36,6 +36,7 @@ class Operator:
         backward_args: how many of the forward's arguments the backward takes.
         grads: positions of the outputs that have gradients.
         saved: positions of the outputs that the backward takes.
+        optional: position of an output that is empty unless an argument is true, and the position of that argument.
         needs_as_list: whether ``needs`` is one list of flags or a flag an argument.
         first_grad_required: whether the backward wants a tensor for the first gradient even where nothing came in;
             it is then that of the first saved output.
@@ -49,6 +50,7 @@ class Operator:
     backward_args: int
     grads: tuple[int, ...]
     saved: tuple[int, ...]
+    optional: tuple[int, int] | None = None
     needs_as_list: bool = True
     first_grad_required: bool = False
     vmap_rule: VmapRule | None = None
@@ -105,7 +107,7 @@ class Operator:
 
     def _save(self, ctx: Any, args: Sequence[Any], output: Any) -> None:
         outputs = _tuple(output)
-        absent = [i for i, output in enumerate(outputs) if output.dim() == 1 and output.shape[0] == 0]
+        absent = [] if self.optional is None or args[self.optional[1]] else [self.optional[0]]
         ctx.mark_non_differentiable(*(o for i, o in enumerate(outputs) if i not in self.grads or i in absent))
         kept = args[: self.backward_args]
         ctx.others = [None if isinstance(arg, Tensor) else arg for arg in kept]

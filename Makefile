@@ -1,0 +1,86 @@
+# `make demo` and `make test` set up everything they need in $(VENV) first.
+# Overrides: PYTHON=python3.12, VENV=/some/venv, TORCH="torch==2.14.1 torchvision", ARGS="..." for the command that runs.
+# VENV=system uses $(PYTHON) as it is: nothing is installed, the libraries are built into the source tree.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch torchvision
+ARGS ?=
+
+SOURCES := CMakeLists.txt setup.py pyproject.toml $(shell find cmake csrc -type f)
+CPP_FILES := find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
+
+ifeq ($(VENV),system)
+RUN := PYTHONPATH=python$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON)
+BIN :=
+BUILT := build/.built
+else
+RUN := $(VENV)/bin/python
+BIN := $(VENV)/bin/
+BUILT := $(VENV)/.built
+endif
+
+.PHONY: help demo test lint format compat gpu-check benchmark build develop clean force
+
+help:
+	@echo "make demo       set up, then train the attention-pooling classifier on bags of digits"
+	@echo "make test       set up, then run all tests that need no GPU"
+	@echo "make benchmark  set up, then time the operators (ARGS='attention_pool --csv FILE')"
+	@echo "make build      set up only: virtual environment, torch, compiled libraries"
+	@echo "make lint       check formatting, style and types;  make format  repairs the formatting"
+	@echo "make compat     one wheel, run under every supported torch"
+	@echo "make gpu-check  build, GPU tests, GPU benchmarks and compute-sanitizer, with the current Python, offline"
+	@echo "make clean      remove what was built (the virtual environment stays)"
+
+demo: build
+	$(RUN) examples/bags.py $(ARGS)
+
+test: build
+	$(RUN) -m pytest $(ARGS)
+
+benchmark: build
+	$(RUN) -m benchmarks $(ARGS)
+
+compat: build
+	$(RUN) tests/compat/run.py $(ARGS)
+
+gpu-check:
+	$(PYTHON) tests/gpu/check.py $(ARGS)
+
+lint: build
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(CPP_FILES) | xargs $(BIN)clang-format --dry-run -Werror
+
+format: build
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+	$(CPP_FILES) | xargs $(BIN)clang-format -i
+
+build develop: $(BUILT)
+
+# The stamp of a build whose libraries have gone means nothing.
+ifeq ($(wildcard python/fusefeat/build_info.json),)
+$(BUILT): force
+endif
+
+ifeq ($(VENV),system)
+$(BUILT): $(SOURCES)
+	$(PYTHON) setup.py build_ext --inplace
+	@mkdir -p $(@D) && touch $@
+else
+$(BUILT): $(VENV)/.installed $(SOURCES)
+	$(RUN) -m pip install --quiet --no-build-isolation --editable '.[dev,test,examples]'
+	@touch $@
+
+# What building the package without isolation needs to be there before.
+$(VENV)/.installed:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: PYTHON=python3.11")'
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install $(TORCH) 'setuptools>=77' wheel 'cmake>=3.26' ninja 'pybind11>=2.13'
+	@touch $@
+endif
+
+clean:
+	rm -rf build dist python/*.egg-info python/fusefeat/*.so python/fusefeat/build_info.json
+	rm -f $(VENV)/.built

@@ -1,0 +1,158 @@
+"""Benchmarks of fusefeat beside its peers: `python -m benchmarks --help`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from . import FAMILIES, environment, plot, report
+from .case import DTYPES, Case, Skip
+from .results import Run
+from .runner import Settings, run_case
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _dtypes(text: str) -> list[str]:
+    words = _words(text)
+    unknown = [word for word in words if word not in DTYPES]
+    if unknown or not words:
+        raise argparse.ArgumentTypeError(f"expected some of {', '.join(DTYPES)}, got {text!r}")
+    return words
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    add = parser.add_argument
+    add("families", nargs="*", metavar="family", help=f"some of {', '.join(FAMILIES)}; all of them by default")
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--dtype", type=_dtypes, default=["fp32"], metavar="fp32,bf16,...", help="; ".join(DTYPES))
+    add("--threads", type=_positive, default=torch.get_num_threads(), help="CPU threads (default: as torch has it)")
+    add("--only", type=_words, metavar="SHAPE,...", help="cases whose name or shape contains one of these words")
+    add(
+        "--compare",
+        type=_words,
+        metavar="PEER,...",
+        help="only these peers: eager, compile, sdpa, ...; 'none' for none",
+    )
+    add("--rounds", type=_positive, default=5, help="interleaved rounds (default 5)")
+    add("--slice", type=float, default=0.1, metavar="SECONDS", help="time per contender and round (default 0.1)")
+    add("--quick", action="store_true", help="tiny shapes, two short rounds, no torch.compile unless asked for")
+    add("--thp", choices=("on", "off", "both"), help="let torch allocate huge pages too; both: one run of each")
+    add("--csv", metavar="FILE", help="write all rows")
+    add("--plot", metavar="FILE", help="write bar charts (PNG)")
+    add("--json", action="store_true", help="print JSON instead of tables")
+    return parser
+
+
+def _say(text: str, prefix: str = "") -> None:
+    text = prefix + text
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+    else:
+        print(text, file=sys.stderr, flush=True)
+
+
+def _wanted(cases: Sequence[Case], only: Sequence[str] | None) -> list[Case]:
+    return [case for case in cases if only is None or any(word in case.name or word in case.shape for word in only)]
+
+
+def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Run:
+    """Everything that was asked for, in this process."""
+    device = torch.device(arguments.device)
+    modules = [importlib.import_module(f".{family}", __package__) for family in arguments.families]
+    work = [
+        (dtype, _wanted(module.cases(device, DTYPES[dtype], arguments.quick), arguments.only))
+        for module in modules
+        for dtype in arguments.dtype
+    ]
+    known = {contender.peer for _, cases in work for case in cases for contender in case.contenders if contender.peer}
+    if not any(cases for _, cases in work):
+        parser.error(f"--only {','.join(arguments.only)}: no case of that name or shape")
+    peers = arguments.compare
+    if peers is None and arguments.quick:
+        peers = sorted(known - {"compile"})
+    unknown = sorted(set(peers or ()) - known - {"none"})
+    if unknown:
+        parser.error(f"--compare: no peer {', '.join(unknown)} here; there are {', '.join(sorted(known))}")
+    settings = Settings(
+        device=device,
+        threads=arguments.threads,
+        rounds=min(arguments.rounds, 2) if arguments.quick else arguments.rounds,
+        seconds=min(arguments.slice, 0.005) if arguments.quick else arguments.slice,
+        huge_pages=environment.huge_pages(),
+        peers=peers,
+    )
+    torch.set_num_threads(settings.threads)
+    run = Run(environment.facts(device, settings.threads))
+    total, done = sum(len(cases) for _, cases in work), 0
+    for dtype, cases in work:
+        for case in cases:
+            done += 1
+            run.about[case.name] = case.used_by
+            run.rows += run_case(case, dtype, settings, partial(_say, prefix=f"[{done}/{total}] "))
+    if sys.stderr.isatty():
+        _say("")
+    if not arguments.quick:
+        run.targets = [target for module in modules for target in module.targets(run.rows)]
+    return run
+
+
+def _run_in_child(argv: Sequence[str], huge_pages: str) -> list[Run]:
+    """The same in a new process: torch reads the variable when it first allocates."""
+    variables = os.environ | {environment.HUGE_PAGES: "1" if huge_pages == "on" else "0"}
+    # Later options win: the child prints JSON, this process writes the files.
+    command = [sys.executable, "-m", "benchmarks", *argv, "--thp", huge_pages, "--json", "--csv", "", "--plot", ""]
+    child = subprocess.run(command, env=variables, stdout=subprocess.PIPE, text=True, check=False)
+    if not child.stdout:
+        raise SystemExit(child.returncode or 1)
+    return report.from_json(child.stdout)
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    unknown = [family for family in arguments.families if family not in FAMILIES]
+    if unknown:
+        parser.error(f"no family {', '.join(unknown)}; there are {', '.join(FAMILIES)}")
+    arguments.families = arguments.families or list(FAMILIES)
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no CUDA device")
+    if arguments.thp in (None, environment.huge_pages()):
+        runs = [_run(parser, arguments)]
+    else:
+        ways = ("off", "on") if arguments.thp == "both" else (arguments.thp,)
+        runs = [run for way in ways for run in _run_in_child(argv, way)]
+    print(report.to_json(runs) if arguments.json else "\n\n".join(map(report.text, runs)), flush=True)
+    if arguments.csv:
+        report.write_csv(Path(arguments.csv), runs)
+    if arguments.plot:
+        try:
+            plot.write(Path(arguments.plot), runs)
+        except Skip as skip:
+            print(f"no plot: {skip}", file=sys.stderr)
+    if any(run.ours_failed for run in runs):
+        print("fusefeat failed the correctness gate: see the table", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

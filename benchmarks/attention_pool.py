@@ -1,0 +1,283 @@
+"""attention_pool and nn.AttentionPool beside eager PyTorch, torch.compile, scaled_dot_product_attention and others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import fusefeat
+import torch
+from fusefeat import backends
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import attention_pool_peers as peers
+from .case import Bound, Case, Contender, Inputs, Target, Work
+from .floor import COPY_FRESH, READ
+from .results import OURS, Row, best_peer, time_of
+
+FAMILY = "attention_pool"
+
+# A study's slides: a few whole-slide images far above the rest, 150,000 tokens together.
+SLIDES = (3, 100_000, 17, 24_000, 60, 12_000, 170, 6_000, 350, 3_500, 700, 2_000, 1_200)
+
+
+def _random(*shape: int, scale: float = 1.0, seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=generator) * scale).to(device=device, dtype=dtype)
+
+
+def _bags(inputs: Inputs) -> Iterator[tuple[int, Tensor]]:
+    x = inputs["x"].detach()
+    lengths = inputs["cu_seqlens"].diff().tolist() if "cu_seqlens" in inputs else None
+    return enumerate(x.unbind(0) if lengths is None else x.split(lengths))
+
+
+def _by_bag(inputs: Inputs, shared: Sequence[str], pool: Callable[..., Tensor], grad_out: Tensor | None) -> Inputs:
+    """The reference: one bag after the other in float64, straight from the formula, differentiated by autograd."""
+    parameters = [inputs[name].detach().double().requires_grad_() for name in shared]
+    outs, grads_x = [], []
+    sums = [torch.zeros_like(p) for p in parameters]
+    for index, bag in _bags(inputs):
+        tokens = bag.double().requires_grad_()
+        out = pool(tokens, *parameters)
+        outs.append(out.detach())
+        if grad_out is not None:
+            grad_x, *rest = torch.autograd.grad(out, [tokens, *parameters], grad_out[index].double())
+            grads_x.append(grad_x)
+            sums = [total + part for total, part in zip(sums, rest, strict=True)]
+    wanted = {"out": torch.stack(outs)}
+    if grad_out is not None:
+        wanted["grad x"] = torch.cat(grads_x) if "cu_seqlens" in inputs else torch.stack(grads_x)
+        wanted |= {f"grad {name}": total for name, total in zip(shared, sums, strict=True)}
+    return wanted
+
+
+def _pool_bag(tokens: Tensor, query: Tensor) -> Tensor:
+    weights = torch.softmax(tokens @ query.reshape(-1, tokens.shape[1]).T, 0)
+    return (weights.T @ tokens).reshape(query.shape)
+
+
+def _layer_bag(tokens: Tensor, weight_in: Tensor, bias_in: Tensor, weight_out: Tensor) -> Tensor:
+    # Without the score bias: it cancels in the softmax, and its gradient is 0.
+    hidden = F.linear(tokens, weight_in, bias_in)
+    return torch.softmax(F.linear(hidden, weight_out), 0).squeeze(1) @ hidden
+
+
+def _leaves(inputs: Inputs) -> Inputs:
+    return {name: tensor for name, tensor in inputs.items() if tensor.requires_grad}
+
+
+def _bind_pool(inputs: Inputs, backend: str | None) -> Bound:
+    x, query, cu_seqlens = inputs["x"], inputs["query"], inputs.get("cu_seqlens")
+    return Bound(
+        lambda: fusefeat.attention_pool(x, query, cu_seqlens=cu_seqlens, backend=backend),
+        _leaves(inputs),
+    )
+
+
+def _bind_layer(inputs: Inputs, backend: str | None) -> Bound:
+    hidden, channels = inputs["weight_in"].shape
+    x = inputs["x"]
+    layer = fusefeat.nn.AttentionPool(channels, hidden, backend=backend, device=x.device, dtype=x.dtype)
+    names = {"weight_in": "linear_in.weight", "bias_in": "linear_in.bias"}
+    names |= {"weight_out": "linear_out.weight", "bias_out": "linear_out.bias"}
+    layer.load_state_dict({names[name]: inputs[name].detach() for name in names})
+    parameters = dict(layer.named_parameters())
+    return Bound(lambda: layer(x), {"x": x, **{name: parameters[names[name]] for name in names}})
+
+
+def _with_backend(bind: Callable[[Inputs, str | None], Bound], backend: str | None) -> Callable[[Inputs], Bound]:
+    return lambda inputs: bind(inputs, backend)
+
+
+def _ours(bind: Callable[[Inputs, str | None], Bound], device: torch.device) -> list[Contender]:
+    found = [Contender(OURS, None, _with_backend(bind, None))]
+    if device.type != "cpu":
+        probe = torch.empty(1, device=device)
+        found += [
+            Contender(f"{OURS} {name}", None, _with_backend(bind, name))
+            for name, backend in backends.BACKENDS.items()
+            if name != "reference" and not backend.why_not(probe)
+        ]
+    return found
+
+
+def _work(tokens: int, channels: int, queries: int, bags: int, item: int, grad_x: bool) -> dict[str, Work]:
+    x, small = tokens * channels * item, (queries + bags * queries) * channels * item
+    forward = Work(x + small, 4 * tokens * channels * queries, (READ,))
+    # Read x, recompute scores and the products with the gradient, write both gradients.
+    backward = Work(
+        (2 if grad_x else 1) * x + 2 * small,
+        (10 if grad_x else 6) * tokens * channels * queries,
+        (COPY_FRESH,) if grad_x else (READ,),
+    )
+    both = Work(forward.bytes + backward.bytes, forward.flops + backward.flops, forward.floors + backward.floors)
+    return {"forward": forward, "backward": backward, "both": both}
+
+
+def padded_case(
+    name: str, used_by: str, shape: tuple[int, int, int], queries: int | None, device: torch.device, dtype: torch.dtype
+) -> Case:
+    bags, length, channels = shape
+
+    def inputs() -> Inputs:
+        query_shape = (channels,) if queries is None else (queries, channels)
+        return {
+            "x": _random(*shape, seed=0, device=device, dtype=dtype),
+            "query": _random(*query_shape, scale=channels**-0.5, seed=2, device=device, dtype=dtype),
+        }
+
+    text = f"[{bags},{length},{channels}]" + ("" if queries is None else f" K={queries}")
+    return Case(
+        family=FAMILY,
+        name=name,
+        shape=text,
+        used_by=used_by,
+        inputs=inputs,
+        leaves=("x", "query"),
+        reference=lambda tensors, grad: _by_bag(tensors, ("query",), _pool_bag, grad),
+        contenders=[*_ours(_bind_pool, device), *peers.padded(device, one_query=queries is None)],
+        work=_work(bags * length, channels, queries or 1, bags, dtype.itemsize, grad_x=True),
+    )
+
+
+def packed_case(
+    name: str,
+    used_by: str,
+    lengths: Sequence[int],
+    channels: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    frozen: bool = False,
+) -> Case:
+    """``frozen``: the tokens are features from elsewhere and need no gradient."""
+    tokens = sum(lengths)
+
+    def inputs() -> Inputs:
+        offsets = torch.tensor([0, *lengths]).cumsum(0)
+        return {
+            "x": _random(tokens, channels, seed=0, device=device, dtype=dtype),
+            "query": _random(channels, scale=channels**-0.5, seed=2, device=device, dtype=dtype),
+            "cu_seqlens": offsets.to(device=device, dtype=torch.int32),
+        }
+
+    return Case(
+        family=FAMILY,
+        name=name,
+        shape=f"[{tokens},{channels}] in {len(lengths)} bags of {min(lengths)}..{max(lengths)}",
+        used_by=used_by,
+        inputs=inputs,
+        leaves=("query",) if frozen else ("x", "query"),
+        reference=lambda tensors, grad: _by_bag(tensors, ("query",), _pool_bag, grad),
+        contenders=[*_ours(_bind_pool, device), *peers.packed(lengths, device)],
+        work=_work(tokens, channels, 1, len(lengths), dtype.itemsize, grad_x=not frozen),
+    )
+
+
+def layer_case(
+    name: str, used_by: str, shape: tuple[int, int, int], hidden: int, device: torch.device, dtype: torch.dtype
+) -> Case:
+    bags, length, channels = shape
+
+    def inputs() -> Inputs:
+        make = partial(_random, device=device, dtype=dtype)
+        return {
+            "x": make(*shape, seed=0),
+            "weight_in": make(hidden, channels, scale=channels**-0.5, seed=2),
+            "bias_in": make(hidden, scale=0.1, seed=3),
+            "weight_out": make(1, hidden, scale=hidden**-0.5, seed=4),
+            "bias_out": make(1, seed=5),
+        }
+
+    return Case(
+        family=FAMILY,
+        name=name,
+        shape=f"[{bags},{length},{channels}]->{hidden}",
+        used_by=used_by,
+        inputs=inputs,
+        leaves=("x", "weight_in", "bias_in", "weight_out", "bias_out"),
+        reference=lambda tensors, grad: _by_bag(tensors, ("weight_in", "bias_in", "weight_out"), _layer_bag, grad),
+        contenders=[*_ours(_bind_layer, device), *peers.layer(device)],
+        work=_work(bags * length, channels, 1, bags, dtype.itemsize, grad_x=True),
+        gradient_slack=(4.0, 1e-5),
+        matmul=(bags * length, channels, hidden),
+    )
+
+
+def cases(device: torch.device, dtype: torch.dtype, quick: bool) -> list[Case]:
+    padded = partial(padded_case, device=device, dtype=dtype)
+    packed = partial(packed_case, device=device, dtype=dtype)
+    layer = partial(layer_case, device=device, dtype=dtype)
+    if quick:
+        return [
+            padded("quick-padded", "a check of the harness", (3, 17, 8), None),
+            padded("quick-queries", "a check of the harness", (2, 9, 8), 3),
+            packed("quick-packed", "a check of the harness", (3, 1, 40), 8),
+            layer("quick-layer", "a check of the harness", (2, 9, 8), 4),
+        ]
+    generator = torch.Generator().manual_seed(7)
+    graphs = torch.randint(3, 61, (2048,), generator=generator).tolist()
+    return [
+        padded("abmil-padded", "attention MIL, bags padded to one length", (16, 4096, 512), None),
+        padded("small", "short sequences, per-call overhead", (32, 128, 64), None),
+        padded("vit-tokens", "pooling of ViT-like tokens", (64, 512, 256), None),
+        padded("siglip-map", "SigLIP's MAP head, one probe", (16, 729, 1152), 1),
+        padded("set-pma", "set transformer's PMA, many seeds", (8, 1024, 256), 16),
+        packed("slides", "whole-slide bags, packed", SLIDES, 512),
+        packed("slides-frozen", "the same on frozen features", SLIDES, 512, frozen=True),
+        packed("graphs", "graph readout, many small bags", graphs, 128),
+        layer("layer", "nn.AttentionPool, the published layer", (16, 4096, 512), 128),
+    ]
+
+
+def _against(rows: list[Row], text: str, case: str, mode: str, wanted: float, names: Sequence[str]) -> Target:
+    ours, best = time_of(rows, case, mode, OURS), best_peer(rows, case, mode, names)
+    if ours is None or best is None or best.median_ms is None:
+        return Target(text, None, False)
+    factor = best.median_ms / ours
+    got = f"{factor:.2f}x ({ours:.3g} ms against {best.median_ms:.3g} ms of {best.contender})"
+    return Target(text, got, factor >= wanted)
+
+
+def targets(rows: list[Row]) -> list[Target]:
+    """The project's promises for float32 on two CPU threads."""
+    rows = [row for row in rows if row.family == FAMILY and row.dtype == "fp32" and row.device == "cpu"]
+    rivals = ("eager", "compile", "sdpa")
+    found = [
+        _against(
+            rows,
+            "[16,4096,512] forward at least 1.5x the best of eager, compile, SDPA",
+            "abmil-padded",
+            "forward",
+            1.5,
+            rivals,
+        )
+    ]
+    ours, read = (time_of(rows, "abmil-padded", "forward", name) for name in (OURS, READ))
+    text = "[16,4096,512] forward within 1.6x of x.sum()"
+    if ours is None or read is None:
+        found.append(Target(text, None, False))
+    else:
+        found.append(Target(text, f"{ours / read:.2f}x ({ours:.3g} ms over {read:.3g} ms)", ours / read <= 1.6))
+    found += [
+        _against(
+            rows,
+            "[16,4096,512] forward+backward at least 3x the best of eager, compile, SDPA",
+            "abmil-padded",
+            "both",
+            3.0,
+            rivals,
+        ),
+        _against(
+            rows,
+            "nn.AttentionPool(512,128) forward+backward at least 10x the published layer, eager or compiled",
+            "layer",
+            "both",
+            10.0,
+            ("eager", "compile"),
+        ),
+        _against(rows, "[32,128,64] forward not slower than eager", "small", "forward", 1.0, ("eager",)),
+        _against(rows, "[32,128,64] forward+backward not slower than eager", "small", "both", 1.0, ("eager",)),
+    ]
+    return found

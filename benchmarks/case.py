@@ -1,0 +1,76 @@
+"""What a family's module describes: cases (a shape and what may be done with it) and contenders (who does it)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Inputs = dict[str, Tensor]
+
+MODES = ("forward", "backward", "both")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+
+
+class Skip(Exception):
+    """A contender that cannot take part here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A contender with its inputs: a call without arguments, and the leaves whose gradients it is timed for."""
+
+    forward: Callable[[], Tensor]
+    leaves: Inputs
+
+
+@dataclass(frozen=True)
+class Contender:
+    """``peer`` is the word that --compare knows it by, None for fusefeat itself."""
+
+    name: str
+    peer: str | None
+    bind: Callable[[Inputs], Bound]
+
+    @property
+    def ours(self) -> bool:
+        return self.peer is None
+
+
+@dataclass(frozen=True)
+class Work:
+    """What any implementation must move and compute, and the floors that together bound its time from below."""
+
+    bytes: int
+    flops: int
+    floors: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape. ``reference`` maps inputs and a gradient (None: forward only) to "out" and "grad <name>", float64."""
+
+    family: str
+    name: str
+    shape: str
+    used_by: str
+    inputs: Callable[[], Inputs]
+    leaves: tuple[str, ...]
+    reference: Callable[[Inputs, Tensor | None], Inputs]
+    contenders: Sequence[Contender]
+    work: dict[str, Work]
+    # Errors of ours are held against this contender's, with the contract's factor and floor.
+    baseline: str = "eager"
+    gradient_slack: tuple[float, float] = (2.0, 1e-6)
+    matmul: tuple[int, int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Target:
+    """A promise and what was measured; ``got`` is None when the run did not include what it needs."""
+
+    text: str
+    got: str | None
+    met: bool

@@ -1,0 +1,185 @@
+"""Runs one case: gate, interleaved rounds per mode, memory, rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import gate, memory, timing
+from .case import MODES, Bound, Case, Contender, Inputs, Skip
+from .floor import floors
+from .results import Row, best_peer
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """``peers`` None: all of them."""
+
+    device: torch.device
+    threads: int
+    rounds: int
+    seconds: float
+    huge_pages: str
+    peers: Collection[str] | None = None
+
+
+@dataclass
+class _Entrant:
+    """A contender at the gate: for each mode, why it gets no time."""
+
+    contender: Contender
+    bound: Bound | None
+    refused: dict[str, tuple[str, str]]
+    errors: dict[str, float]
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:160] if text else ''}"
+
+
+def _refuse(modes: Collection[str], status: str, reason: str) -> dict[str, tuple[str, str]]:
+    return dict.fromkeys(modes, (status, reason))
+
+
+def _enter(
+    case: Case, contender: Contender, inputs: Inputs, wanted: Inputs, grad_out: Tensor, baseline: dict[str, float]
+) -> _Entrant:
+    """Bind a contender and hold it against the reference. Peers may fail in any way they like: that is a result."""
+    dtype = inputs["x"].dtype
+    errors: dict[str, float] = {}
+    try:
+        bound = contender.bind(inputs)
+        errors |= gate.forward_errors(bound, wanted)
+    except Skip as skip:
+        return _Entrant(contender, None, _refuse(MODES, "skipped", str(skip)), errors)
+    except Exception as error:
+        return _Entrant(contender, None, _refuse(MODES, "failed", _first_line(error)), errors)
+    wrong = gate.verdict(case, dtype, errors, contender.ours, baseline)
+    if wrong:
+        return _Entrant(contender, None, _refuse(MODES, "wrong", wrong), errors)
+    try:
+        of_gradients = gate.gradient_errors(bound, wanted, grad_out)
+    except Exception as error:
+        return _Entrant(contender, bound, _refuse(MODES[1:], "failed", _first_line(error)), errors)
+    errors |= of_gradients
+    wrong = gate.verdict(case, dtype, of_gradients, contender.ours, baseline)
+    if wrong:
+        # A gradient that is wrong takes ours out altogether; a peer may still be of use for its forward.
+        modes = MODES if contender.ours else MODES[1:]
+        return _Entrant(contender, bound, _refuse(modes, "wrong", wrong), errors)
+    return _Entrant(contender, bound, {}, errors)
+
+
+def _at_the_gate(case: Case, inputs: Inputs, settings: Settings) -> tuple[list[_Entrant], Tensor]:
+    out = case.reference(inputs, None)["out"]
+    generator = torch.Generator().manual_seed(1)
+    grad_out = torch.randn(out.shape, generator=generator).to(inputs["x"])
+    wanted = case.reference(inputs, grad_out)
+    # Ours are judged against the baseline's own error, so that one enters first, timed or not.
+    first = [_enter(case, c, inputs, wanted, grad_out, {}) for c in case.contenders if c.name == case.baseline]
+    baseline = first[0].errors if first else {}
+    entrants = []
+    for contender in case.contenders:
+        if not (contender.ours or settings.peers is None or contender.peer in settings.peers):
+            continue
+        if contender.name == case.baseline:
+            entrants += first
+        else:
+            entrants.append(_enter(case, contender, inputs, wanted, grad_out, baseline))
+    return entrants, grad_out
+
+
+def _step(mode: str, bound: Bound, grad_out: Tensor) -> Callable[[], object]:
+    return bound.forward if mode == "forward" else lambda: timing.gradients(bound, grad_out)
+
+
+def _slice(mode: str, bound: Bound, grad_out: Tensor, settings: Settings) -> timing.Slice:
+    if mode == "forward":
+        return timing.forward_slice(bound, settings.threads, settings.seconds)
+    make = timing.backward_slice if mode == "backward" else timing.both_slice
+    return make(bound, grad_out, settings.threads, settings.seconds)
+
+
+def _fill(row: Row, times: list[float], work_bytes: int, work_flops: int) -> None:
+    stats = timing.summarise(times)
+    row.median_ms, row.q1_ms, row.q3_ms = stats.median * 1e3, stats.q1 * 1e3, stats.q3 * 1e3
+    row.min_ms = stats.least * 1e3
+    row.spread, row.measurements = stats.spread, stats.count
+    row.gb_per_s = work_bytes / stats.median / 1e9
+    row.gflop_per_s = work_flops / stats.median / 1e9
+
+
+def _mode_rows(
+    case: Case, dtype_name: str, mode: str, entrants: list[_Entrant], inputs: Inputs, grad_out: Tensor, s: Settings
+) -> list[Row]:
+    def new_row(contender: str, kind: str) -> Row:
+        return Row(
+            case.family,
+            case.name,
+            case.shape,
+            dtype_name,
+            s.device.type,
+            s.threads,
+            s.huge_pages,
+            mode,
+            contender,
+            kind,
+        )
+
+    work = case.work[mode]
+    slices: dict[str, timing.Slice] = {}
+    rows: dict[str, Row] = {}
+    found = floors(inputs["x"], case.matmul)
+    for name, floor in found.items():
+        rows[name] = new_row(name, "floor")
+        slices[name] = timing.repeated(floor.call, s.threads, s.seconds, grad=False)
+    for entrant in entrants:
+        contender = entrant.contender
+        row = rows[contender.name] = new_row(contender.name, "ours" if contender.ours else "peer")
+        row.peer = contender.peer or ""
+        row.error = max(entrant.errors.values(), default=None)
+        if mode in entrant.refused:
+            row.status, row.reason = entrant.refused[mode]
+        elif entrant.bound is not None:
+            slices[contender.name] = _slice(mode, entrant.bound, grad_out, s)
+    for name, times in timing.interleaved(slices, s.rounds).items():
+        done = found.get(name, work)
+        _fill(rows[name], times, done.bytes, done.flops)
+    floor_ms = sum(rows[name].median_ms or 0.0 for name in work.floors)
+    best = best_peer(rows.values(), case.name, mode)
+    for entrant in entrants:
+        row = rows[entrant.contender.name]
+        if row.median_ms is None or entrant.bound is None:
+            continue
+        row.floor_ms, row.floor_fraction = floor_ms, floor_ms / row.median_ms
+        if best is not None and best.median_ms is not None:
+            row.speedup = best.median_ms / row.median_ms
+        if mode != "backward":
+            with torch.set_grad_enabled(mode != "forward"):
+                peak = memory.peak_bytes(_step(mode, entrant.bound, grad_out), s.device)
+            row.peak_mib = None if peak is None else peak / 2**20
+    return list(rows.values())
+
+
+def run_case(case: Case, dtype_name: str, settings: Settings, say: Say) -> list[Row]:
+    """All rows of a case in one dtype."""
+    # Each case compiles for its own shapes; without this the second shape would be compiled as a dynamic one.
+    torch._dynamo.reset()
+    torch.set_num_threads(settings.threads)
+    label = f"{case.family} {case.name} {case.shape} {dtype_name}"
+    say(f"{label}: gate")
+    inputs = case.inputs()
+    for name in case.leaves:
+        inputs[name].requires_grad_()
+    entrants, grad_out = _at_the_gate(case, inputs, settings)
+    rows: list[Row] = []
+    for mode in MODES:
+        say(f"{label}: {mode}")
+        rows += _mode_rows(case, dtype_name, mode, entrants, inputs, grad_out, settings)
+    return rows

@@ -1,0 +1,211 @@
+"""Registers, spills and shared memory of every Triton kernel, compiled ahead of time; needs no GPU.
+
+The operators run on fake tensors and their launches are recorded, so what is compiled is what would be launched.
+
+    python benchmarks/triton_resources.py [--full] [--arch 90 ...] [--jobs N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fusefeat.triton import _attention_pool_backward as backward_kernels
+from fusefeat.triton import _attention_pool_forward as forward_kernels
+from fusefeat.triton import _attention_pool_tuning as tuning
+from fusefeat.triton import attention_pool as operators
+
+KERNELS = {
+    name: kernel
+    for module in (forward_kernels, backward_kernels)
+    for name, kernel in vars(module).items()
+    if name.startswith(("pool_", "sum_"))
+}
+ARCHS = (80, 90, 100)
+# Opt-in limit of one block, in bytes.
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+# ptxas may park a few scalars of the outer loops in local memory to reach its next occupancy step. More than that is
+# register pressure: tokens or sums that leave the registers inside the loop over tokens.
+PARKED_LIMIT = 32
+TRITON_TYPES = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.bool: "*i1",
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel with everything its machine code depends on."""
+
+    kernel: str
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    divisible: tuple[str, ...]
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class Resources:
+    kernel: str
+    config: str
+    arch: int
+    registers: int
+    spilled: int
+    shared: int
+
+    @property
+    def problem(self) -> str:
+        if self.spilled > PARKED_LIMIT:
+            return f"{self.spilled} bytes of local memory"
+        return "" if self.shared <= SHARED_LIMIT[self.arch] else f"{self.shared} bytes of shared memory"
+
+
+def specialise(kernel: Any, args: tuple[Any, ...], config: dict[str, Any]) -> Launch:
+    """What Triton derives from arguments: types, integers equal to 1, multiples of 16, aligned pointers."""
+    names = kernel.arg_names
+    values = dict(zip(names, args, strict=False)) | {name: value for name, value in config.items() if name in names}
+    signature, constants, divisible = [], [], []
+    for name in names:
+        value = values[name]
+        is_constexpr = kernel.params[names.index(name)].is_constexpr
+        if is_constexpr or (type(value) is int and value == 1):
+            signature.append((name, "constexpr"))
+            constants.append((name, value))
+        elif isinstance(value, Tensor):
+            signature.append((name, TRITON_TYPES[value.dtype]))
+            divisible.append(name)
+        elif type(value) is int:
+            signature.append((name, "i32" if abs(value) < 2**31 else "i64"))
+            if value % 16 == 0:
+                divisible.append(name)
+        else:
+            signature.append((name, "fp32"))
+    return Launch(kernel.__name__, tuple(signature), tuple(constants), tuple(divisible), config["num_warps"])
+
+
+def launches_of(run: Any) -> list[Launch]:
+    found: list[Launch] = []
+
+    class Recorder:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *args, **config: found.append(specialise(self.kernel, args, config))
+
+    with FakeTensorMode(), mock.patch.object(operators, "wrap_triton", Recorder):
+        run()
+    return found
+
+
+def run_pools(dtype: torch.dtype, channels: int, queries: int | None, packed: bool, masked: bool, extras: bool) -> None:
+    """Forward and backward of both pools, on fake tensors."""
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    bags, tokens = 16, 4096
+    shape = (bags * tokens,) if packed else (bags, tokens)
+    axis = () if queries is None else (queries,)
+    x = torch.empty(*shape, channels, dtype=dtype)
+    mask = torch.empty(shape, dtype=torch.bool) if masked and not packed else None
+    cu = torch.empty(bags + 1, dtype=torch.int32) if packed else None
+    query = torch.empty(*axis, channels, dtype=dtype)
+    scores = torch.empty(*shape, *axis, dtype=dtype)
+    grad_out = torch.empty(bags, *axis, channels, dtype=acc)
+    grad_weights = torch.empty(*shape, *axis, dtype=acc) if extras else None
+    out, lse, weights = operators.attention_pool(x, query, mask, cu, 0.5, extras)
+    operators.attention_pool_backward(
+        grad_out, grad_weights, x, query, mask, cu, 0.5, out, lse, weights, True, not (extras and masked)
+    )
+    out, lse, weights = operators.softmax_pool(x, scores, mask, cu, extras)
+    operators.softmax_pool_backward(
+        grad_out, grad_weights, x, scores, mask, cu, out, lse, weights, True, not (extras and masked)
+    )
+
+
+def all_launches(full: bool) -> Iterator[Launch]:
+    """Every tuning configuration: padded and packed, with and without mask and returned weights."""
+    widths = [row.block_d for row in tuning.FORWARD[0]]
+    if full:
+        cases = itertools.product(
+            DTYPES.values(), [10, *widths, 600, 8192], [None, 2, 3, 17], [False, True], [False, True], [False, True]
+        )
+    else:
+        cases = iter(
+            [(torch.bfloat16, width, queries, True, False, False) for width in widths for queries in (None, 2, 4)]
+        )
+    seen = set()
+    for case in cases:
+        for launch in launches_of(lambda case=case: run_pools(*case)):
+            if launch not in seen:
+                seen.add(launch)
+                yield launch
+
+
+def compile_launch(launch: Launch, arch: int) -> Resources:
+    kernel = KERNELS[launch.kernel]
+    attrs = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in launch.divisible}
+    source = ASTSource(kernel, dict(launch.signature), dict(launch.constants), attrs)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": launch.num_warps})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    use = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    flags = [f"{name}={int(value)}" for name, value in launch.constants if name.isupper()]
+    types = {kind[1:] for name, kind in launch.signature if name in ("x_ptr", "out_ptr", "weights_ptr", "partial_ptr")}
+    config = " ".join([*sorted(types), *flags, f"warps={launch.num_warps}"])
+    return Resources(launch.kernel, config, arch, use["REG"], use["STACK"] + use["LOCAL"], compiled.metadata.shared)
+
+
+def measure(full: bool, archs: tuple[int, ...], jobs: int) -> list[Resources]:
+    work = [(launch, arch) for launch in all_launches(full) for arch in archs]
+    with ProcessPoolExecutor(jobs) as pool:
+        return list(pool.map(compile_launch, *zip(*work, strict=True)))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--full", action="store_true", help="every dtype, size and option, not one of each kind")
+    parser.add_argument("--arch", type=int, nargs="+", choices=ARCHS, default=ARCHS)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="also write the rows here")
+    options = parser.parse_args()
+    rows = measure(options.full, tuple(options.arch), options.jobs)
+    for row in rows:
+        print(
+            f"{row.kernel:16} sm_{row.arch:<4} {row.registers:4} regs {row.spilled:5} spilled {row.shared:6} shared"
+            f"  {row.config}  {row.problem and 'FAILS: ' + row.problem}"
+        )
+    if options.json:
+        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    failed = [row for row in rows if row.problem]
+    print(f"{len(rows)} cubins, {len(failed)} with spills or too much shared memory")
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Triton backend, one module per op family. Triton is optional: only the family modules import it."""
