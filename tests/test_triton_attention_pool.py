@@ -13,8 +13,8 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from fusefeat.reference import attention_pool as reference
-from fusefeat.triton import attention_pool as operators
 from fusefeat.triton import _attention_pool_tuning as tuning
+from fusefeat.triton import attention_pool as operators
 from fusefeat.triton._launch import INTERPRETED
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="triton was imported without TRITON_INTERPRET=1")

@@ -46,6 +46,7 @@ def _operators(ops: Any) -> dict[str, Operator]:
             backward_args=7,
             grads=(0, 1, 2, 3),
             saved=(0, 1, 5),
+            optional=(3, 7),
         ).register(),
         "shared_assignment": Operator(
             ops.shared_assignment,
