@@ -1,5 +1,6 @@
-// Every operator of the package. Tensors named out, lse and weights are in the accumulation type of
-// the first argument (float32 for half and float32, float64 for float64); [K] axes are present
+// Every operator of the package. Tensors named out and weights are in the accumulation type of the
+// first argument (float32 for half and float32, float64 for float64), lse is float64: at the size of a
+// large score a float32 would not resolve exp(score - lse). [K] axes are present
 // when the query or the scores have them. An empty bag has out = 0, lse = -inf, weights = 0.
 // weights, and gradients that were not asked for, are empty tensors of shape [0].
 #include <torch/csrc/stable/library.h>

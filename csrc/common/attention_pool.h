@@ -141,7 +141,10 @@ inline void check_backward(
     const Tensor& out, const Tensor& lse, const Tensor& weights) {
   const auto acc = acc_type(x.scalar_type());
   const auto check = [&](const Tensor& tensor, const std::vector<int64_t>& shape, const char* name) {
-    STD_TORCH_CHECK(tensor.scalar_type() == acc, "fusefeat: ", name, " must be in the accumulation type");
+    const bool is_lse = &tensor == &lse;
+    STD_TORCH_CHECK(
+        tensor.scalar_type() == (is_lse ? ScalarType::Double : acc), "fusefeat: ", name, " must be ",
+        is_lse ? "float64" : "in the accumulation type");
     check_same_device(x, tensor, name);
     check_shape(tensor, shape, name);
   };

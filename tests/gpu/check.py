@@ -78,6 +78,7 @@ def environment() -> dict[str, str]:
     major, minor = torch.cuda.get_device_capability()
     values = dict(os.environ)
     values["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "python"), values.get("PYTHONPATH")]))
+    values["PYTHONUNBUFFERED"] = "1"  # a stage that is stopped shall have said how far it came
     values["FUSEFEAT_CUDA"] = "1"
     values.setdefault("TORCH_CUDA_ARCH_LIST", f"{major}.{minor}")
     values["NVCC_APPEND_FLAGS"] = f"{values.get('NVCC_APPEND_FLAGS', '')} -lineinfo".strip()

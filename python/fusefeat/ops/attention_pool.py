@@ -1,8 +1,8 @@
 """Both pools as operators: fake kernels, derivatives, vmap.
 
 A pool is called as ``(x, other, mask, cu_seqlens, *scale, need_weights)``, where ``other`` is the query
-(attention_pool, which has a scale) or the scores (softmax_pool, which has none). It returns out, lse and weights in
-the accumulation type.
+(attention_pool, which has a scale) or the scores (softmax_pool, which has none). It returns out and weights in the
+accumulation type and lse in float64.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _fake_forward(x: Tensor, cu_seqlens: Tensor | None, queries: tuple[Any, ...]
     bags = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return (
         x.new_empty((bags, *queries, x.shape[-1]), dtype=acc),
-        x.new_empty((bags, *queries), dtype=acc),
+        x.new_empty((bags, *queries), dtype=torch.float64),
         x.new_empty((*x.shape[:-1], *queries) if need_weights else (0,), dtype=acc),
     )
 

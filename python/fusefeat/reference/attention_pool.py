@@ -56,7 +56,7 @@ def _pool_one_query(
         weight = weight / torch.cat([safe_total, safe_total.new_ones(1)])[bag]
     weight = torch.where(keep, weight, 0.0)
     out = _sum_per_bag(weight[..., None] * torch.where(keep[..., None], values, 0.0), bag, bags)
-    lse = torch.where(empty, NEG_INF, peak + safe_total.log())
+    lse = torch.where(empty, NEG_INF, peak.double() + safe_total.double().log())
     return out, lse, weight
 
 
@@ -78,7 +78,7 @@ def attention_pool(
     """Scores s = scale * <x, query>, then softmax over each bag's tokens and the weighted sum.
 
     x [B,T,D] (or [S,D] with cu_seqlens [B+1]), query [D] or [K,D], mask [B,T] with True = keep.
-    Returns out [B,(K,)D], lse [B,(K)] and weights [B,T,(K)] or [S,(K)], all in the accumulation type.
+    Returns out [B,(K,)D] and weights [B,T,(K)] or [S,(K)] in the accumulation type, and lse [B,(K)] in float64.
     """
     acc = acc_dtype(x.dtype)
     tokens = x.to(acc)
