@@ -145,23 +145,40 @@ def run_pools(dtype: torch.dtype, channels: int, queries: int | None, packed: bo
     )
 
 
-def all_launches(full: bool) -> Iterator[Launch]:
-    """Every tuning configuration: padded and packed, with and without mask and returned weights."""
+def all_cases(full: bool) -> list[tuple[Any, ...]]:
+    """(dtype, channels, queries, packed, masked, extras, the architectures to compile for)."""
     widths = [row.block_d for row in tuning.FORWARD[0]]
+    everything = (False, True)
     if full:
+        dtypes = DTYPES.values()
         cases = itertools.product(
-            DTYPES.values(), [10, *widths, 600, 8192], [None, 2, 3, 17], [False, True], [False, True], [False, True]
+            dtypes, [10, *widths, 600, 8192], (None, 2, 3, 17), everything, everything, everything
         )
-    else:
-        cases = iter(
-            [(torch.bfloat16, width, queries, True, False, False) for width in widths for queries in (None, 2, 4)]
-        )
+        return [(*case, ARCHS) for case in cases]
+    # Every configuration once; the options, dtypes and architectures on a few of them.
+    cases = [
+        (torch.bfloat16, width, queries, True, False, False, (90,)) for width in widths for queries in (None, 2, 4)
+    ]
+    cases += [(dtype, 512, None, False, True, False, ARCHS) for dtype in (torch.bfloat16, torch.float32)]
+    cases += [(torch.bfloat16, 512, 17, False, True, True, (80,)), (torch.bfloat16, 8192, 3, True, False, True, (90,))]
+    cases += [
+        (torch.float16, 600, None, False, False, True, (100,)),
+        (torch.float64, 256, 2, False, False, False, (90,)),
+    ]
+    return cases + [
+        (torch.float32, 10, 2, True, False, False, (80,)),
+        (torch.float32, 1024, 4, True, False, False, (100,)),
+    ]
+
+
+def all_launches(full: bool, archs: tuple[int, ...]) -> Iterator[tuple[Launch, int]]:
     seen = set()
-    for case in cases:
+    for *case, case_archs in all_cases(full):
         for launch in launches_of(lambda case=case: run_pools(*case)):
-            if launch not in seen:
-                seen.add(launch)
-                yield launch
+            for arch in case_archs:
+                if arch in archs and (launch, arch) not in seen:
+                    seen.add((launch, arch))
+                    yield launch, arch
 
 
 def compile_launch(launch: Launch, arch: int) -> Resources:
@@ -182,7 +199,7 @@ def compile_launch(launch: Launch, arch: int) -> Resources:
 
 
 def measure(full: bool, archs: tuple[int, ...], jobs: int) -> list[Resources]:
-    work = [(launch, arch) for launch in all_launches(full) for arch in archs]
+    work = list(all_launches(full, archs))
     with ProcessPoolExecutor(jobs) as pool:
         return list(pool.map(compile_launch, *zip(*work, strict=True)))
 

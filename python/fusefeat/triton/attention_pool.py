@@ -202,7 +202,7 @@ def _forward(
     weights = pool.new(*pool.per_token()) if need_weights else pool.new(0)
     if pool.empty:
         out = pool.new(*pool.per_bag(pool.channels)).zero_()
-        return out, pool.new(*pool.per_bag()).fill_(float("-inf")), weights
+        return out, pool.new(*pool.per_bag()).fill_(float("-inf")), weights.zero_()
     out, lse = pool.new(*pool.per_bag(pool.channels)), pool.new(*pool.per_bag())
     config = pool.config(tuning.FORWARD)
     if query is not None and pool.channels > config.block_d:

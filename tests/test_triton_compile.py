@@ -1,0 +1,46 @@
+"""Every Triton kernel compiles to machine code without a GPU, within registers and shared memory.
+
+FUSEFEAT_FULL=1 compiles every dtype, size and option for every architecture (tens of minutes).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).resolve().parents[1]
+KERNELS = {
+    "pool_forward",
+    "pool_combine",
+    "pool_weights",
+    "pool_dots",
+    "pool_backward",
+    "pool_weight_dot",
+    "pool_delta",
+    "sum_partials",
+}
+
+
+def test_kernels_compile_without_spills(tmp_path):
+    """In a process of its own: this one may have imported triton for the interpreter."""
+    report = tmp_path / "rows.json"
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT / "python"), *filter(None, [env.get("PYTHONPATH")])])
+    full = ["--full"] if os.environ.get("FUSEFEAT_FULL") == "1" else []
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "triton_resources.py", "--json", report, *full],
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    rows = json.loads(report.read_text())
+    assert {row["kernel"] for row in rows} == KERNELS
+    assert {row["arch"] for row in rows} == {80, 90, 100}
