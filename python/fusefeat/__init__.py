@@ -2,15 +2,32 @@
 
 from . import functional, nn
 from ._version import __version__
-from .functional import attention_pool, softmax_pool
+from .functional import (
+    ClampStats,
+    SharedStats,
+    attention_pool,
+    clamped_activation,
+    clamped_reg,
+    shared_assignment,
+    shared_objective,
+    shared_penalty,
+    softmax_pool,
+)
 from .nn import Attention, AttentionPool
 
 __all__ = [
     "Attention",
     "AttentionPool",
+    "ClampStats",
+    "SharedStats",
     "__version__",
     "attention_pool",
+    "clamped_activation",
+    "clamped_reg",
     "functional",
     "nn",
+    "shared_assignment",
+    "shared_objective",
+    "shared_penalty",
     "softmax_pool",
 ]

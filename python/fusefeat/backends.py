@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import _library
 
-FAMILIES = ("attention_pool",)
+FAMILIES = ("attention_pool", "shared_penalty", "clamped_reg")
 
 
 def _cpu_unavailable() -> str | None:

@@ -152,13 +152,55 @@ def scores(function: str, value: Any, values: Tensor) -> None:
     same_device(function, "scores", value, "values", values)
 
 
-def no_forward_mode(function: str, backend: str, *tensors: Tensor) -> None:
+def matrix(
+    function: str, name: str, value: Any, like: Tensor | None, *, mixed_dtypes: bool = False, width_of: str = ""
+) -> None:
+    """A 2-D floating tensor, with the width, device and (unless mixed_dtypes) dtype of ``like``."""
+    floating(function, name, value)
+    if value.dim() != 2:
+        want = "[F,D]" if name == "weight" else "[N,D]"
+        raise ValueError(f"{function}: {name} must be 2-D {want}, got {describe(value)}")
+    if like is None:
+        return
+    if value.shape[1] != like.shape[1]:
+        raise ValueError(
+            f"{function}: {name} must have D = {like.shape[1]} columns as {width_of} has, got {describe(value)}"
+        )
+    if value.dtype != like.dtype and (not mixed_dtypes or torch.float64 in (value.dtype, like.dtype)):
+        raise TypeError(f"{function}: {name} must be {like.dtype} as input is, got {describe(value)}")
+    same_device(function, name, value, "input", like)
+
+
+def vector(
+    function: str, name: str, value: Any, length: Any, meaning: str, like: Tensor, *, any_dtype: bool = True
+) -> None:
+    """A 1-D floating tensor of a given length on the device of ``like``."""
+    floating(function, name, value)
+    if value.dim() != 1 or value.shape[0] != length:
+        raise ValueError(f"{function}: {name} must be 1-D of length {meaning} = {length}, got {describe(value)}")
+    if not any_dtype:
+        dtype_of_or_acc(function, name, value, "input", like)
+    same_device(function, name, value, "input", like)
+
+
+def not_negative(function: str, name: str, value: Tensor) -> None:
+    if values_can_be_read(value) and bool((value < 0).any()):
+        where = int((value < 0).nonzero()[0])
+        raise ValueError(f"{function}: {name} must not be negative, got {float(value[where])} at index {where}")
+
+
+def process_group(function: str, value: Any) -> None:
+    if not torch.distributed.is_available() or not isinstance(value, torch.distributed.ProcessGroup):
+        raise TypeError(f"{function}: process_group must be a torch.distributed.ProcessGroup, got {describe(value)}")
+
+
+def no_forward_mode(function: str, backend: str, *tensors: Any) -> None:
     """Kernels have no forward-mode derivative; dropping the tangent in silence would be a wrong number."""
     level = torch.autograd.forward_ad
     if level._current_level < 0 or torch.compiler.is_compiling():  # compiled transforms run plain PyTorch
         return
     for value in tensors:
-        if level.unpack_dual(value).tangent is not None:
+        if isinstance(value, Tensor) and level.unpack_dual(value).tangent is not None:
             raise NotImplementedError(
                 f"{function}: forward-mode differentiation (jvp, jacfwd, dual tensors) is not available on backend "
                 f"'{backend}'; use reverse mode or backend='reference'"

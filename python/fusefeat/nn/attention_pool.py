@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import checks
-from ..functional import _attention_pool
+from ..functional.attention_pool import _attention_pool
 from ..reference.attention_pool import NEG_INF, acc_dtype
 
 

@@ -18,6 +18,7 @@ from .. import _library
 from ..reference import attention_pool as reference
 from ..reference.attention_pool import acc_dtype
 from .differentiable import Operator
+from .native import NativeOperators
 from .vmap import fold, loop, unfold
 
 
@@ -104,19 +105,12 @@ def _fake_backward(grad_out: Tensor, grad_weights: Any, x: Tensor, other: Tensor
     return x.new_empty(x.shape if need_x else (0,)), other.new_empty(other.shape if need_other else (0,))
 
 
-class _NativeOperators:
-    """The C++ operators: one name each for the CPU and the CUDA kernel behind it."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch.ops.fusefeat, name).default
-
-
 def _native() -> dict[str, Operator]:
     torch.library.register_fake("fusefeat::attention_pool", _fake_attention_pool)
     torch.library.register_fake("fusefeat::softmax_pool", _fake_softmax_pool)
     torch.library.register_fake("fusefeat::attention_pool_backward", _fake_backward)
     torch.library.register_fake("fusefeat::softmax_pool_backward", _fake_backward)
-    return _pools(_NativeOperators())
+    return _pools(NativeOperators())
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""The public functions. Each checks its arguments, chooses a backend and calls the operator."""
+"""The public pools. Each checks its arguments, chooses a backend and calls the operator."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Literal, overload
 
 from torch import Tensor
 
-from . import backends, checks
-from .ops import attention_pool as pools
-from .reference import attention_pool as reference
+from .. import backends, checks
+from ..ops import attention_pool as pools
+from ..reference import attention_pool as reference
 
 
 @overload

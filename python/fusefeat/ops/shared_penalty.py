@@ -1,0 +1,126 @@
+"""The shared-assignment statistics and the assignment matrix as operators."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _library
+from ..reference import shared_penalty as reference
+from ..reference.attention_pool import acc_dtype
+from .differentiable import Operator
+from .native import NativeOperators
+
+# Logits that the forward keeps for its backward, in bytes. Recomputing them costs a quarter of the matrix
+# products; keeping them costs memory until the backward, so only what is small against the 64 MiB bound is kept.
+KEPT_BYTES = 32 * 2**20
+
+
+def rows_to_keep(rows: int, features: int, dtype: torch.dtype) -> int:
+    """How many rows' logits are kept for the backward: all when they take at most KEPT_BYTES, else none."""
+    return rows if rows * features * acc_dtype(dtype).itemsize <= KEPT_BYTES else 0
+
+
+def row_count(context: Tensor | None, input: Tensor) -> Any:
+    return input.shape[0] if context is None else context.shape[0] + input.shape[0]
+
+
+def _formula(context: Any, input: Any, weight: Any, bias: Any, margin: Any, row_weight: Any, operand: Any) -> Any:
+    return *reference.statistics(context, input, weight, bias, margin, row_weight, operand, True), input.new_empty(0)
+
+
+def _assignment_formula(*args: Any) -> tuple[Tensor]:
+    return (reference.assignment(*args),)
+
+
+def _operators(ops: Any) -> dict[str, Operator]:
+    return {
+        "shared_penalty": Operator(
+            ops.shared_penalty,
+            ops.shared_penalty_backward,
+            _formula,
+            wrt=(0, 1, 2, 3, 5),
+            backward_args=7,
+            grads=(0, 1, 2, 3),
+            saved=(0, 1, 5),
+            optional=(3, 7),
+        ).register(),
+        "shared_assignment": Operator(
+            ops.shared_assignment,
+            ops.shared_assignment_backward,
+            _assignment_formula,
+            wrt=(0, 1, 2, 3),
+            backward_args=6,
+            grads=(0,),
+            saved=(0,),
+        ).register(),
+    }
+
+
+def fake_gradients(needs: Any, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """One gradient per tensor, empty where none is asked for."""
+    like = next(tensor for tensor in tensors if tensor is not None)
+    return tuple(
+        like.new_empty((0,)) if tensor is None else tensor.new_empty(tensor.shape if need else (0,))
+        for need, tensor in zip(needs, tensors, strict=True)
+    )
+
+
+def _fake_statistics(
+    context: Any, input: Tensor, weight: Tensor, bias: Any, margin: float, row_weight: Any, operand: int,
+    with_clamp: bool, keep_rows: int,
+) -> Any:  # fmt: skip
+    acc, rows, features = acc_dtype(input.dtype), row_count(context, input), weight.shape[0]
+    return (
+        input.new_empty((rows,), dtype=acc),
+        input.new_empty((rows,), dtype=acc),
+        input.new_empty((features,), dtype=acc),
+        input.new_empty((rows if with_clamp else 0,), dtype=acc),
+        input.new_empty((features if with_clamp else 0,), dtype=torch.int64),
+        input.new_empty((keep_rows, features) if keep_rows else (0,), dtype=acc),
+    )
+
+
+def _fake_statistics_backward(
+    grad_row_entropy: Any, grad_lse: Any, grad_prob_sum: Any, grad_row_excess: Any, context: Any, input: Tensor,
+    weight: Tensor, bias: Any, margin: float, row_weight: Any, operand: int, row_entropy: Tensor, lse: Tensor,
+    kept: Tensor, needs: Any,
+) -> Any:  # fmt: skip
+    return fake_gradients(needs, context, input, weight, bias, row_weight)
+
+
+def _fake_assignment(context: Any, input: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    return input.new_empty((row_count(context, input), weight.shape[0]))
+
+
+def _fake_assignment_backward(
+    grad: Tensor, context: Any, input: Tensor, weight: Tensor, bias: Any, margin: float, operand: int,
+    assignment: Tensor, needs: Any,
+) -> Any:  # fmt: skip
+    return fake_gradients(needs, context, input, weight, bias)
+
+
+def _native() -> dict[str, Operator]:
+    torch.library.register_fake("fusefeat::shared_penalty", _fake_statistics)
+    torch.library.register_fake("fusefeat::shared_penalty_backward", _fake_statistics_backward)
+    torch.library.register_fake("fusefeat::shared_assignment", _fake_assignment)
+    torch.library.register_fake("fusefeat::shared_assignment_backward", _fake_assignment_backward)
+    return _operators(NativeOperators())
+
+
+@functools.cache
+def _triton() -> dict[str, Operator]:
+    from ..triton import shared_penalty as kernels  # imports triton, which is optional
+
+    return _operators(kernels)
+
+
+_NATIVE = _native() if _library.STATE.cpu_loaded else {}
+
+
+def operator(name: str, backend: str) -> Operator:
+    """``shared_penalty`` (the statistics) or ``shared_assignment`` on a compiled backend."""
+    return (_triton() if backend == "triton" else _NATIVE)[name]
