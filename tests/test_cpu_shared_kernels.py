@@ -128,7 +128,7 @@ def check(got: dict[str, Tensor], want: dict[str, Tensor], dtype: torch.dtype) -
         assert error(got[name], wanted) <= bound, (name, error(got[name], wanted))
 
 
-# rows, context rows, channels, features: one strip or many, odd and even, one block of features or many, N < F and N > F.
+# rows, context rows, channels, features: strips and blocks of features, one or many, odd and even, N < F and N > F.
 SHAPES = [
     (5, None, 3, 7),
     (1, 0, 1, 1),

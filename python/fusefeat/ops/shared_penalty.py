@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -111,16 +110,9 @@ def _native() -> dict[str, Operator]:
     return _operators(NativeOperators())
 
 
-@functools.cache
-def _triton() -> dict[str, Operator]:
-    from ..triton import shared_penalty as kernels  # imports triton, which is optional
-
-    return _operators(kernels)
-
-
 _NATIVE = _native() if _library.STATE.cpu_loaded else {}
 
 
-def operator(name: str, backend: str) -> Operator:
-    """``shared_penalty`` (the statistics) or ``shared_assignment`` on a compiled backend."""
-    return (_triton() if backend == "triton" else _NATIVE)[name]
+def operator(name: str) -> Operator:
+    """``shared_penalty`` (the statistics) or ``shared_assignment``."""
+    return _NATIVE[name]

@@ -26,4 +26,4 @@ def activation(
 ) -> Tensor:
     """clamp(relu(z), min=margin), [N,F] in the dtype of input; the gradient passes where z > margin, strictly."""
     z = logits(context, input, weight, bias, margin, None, operand)
-    return torch.where(z <= margin, margin, z).to(input.dtype)
+    return torch.where(z > margin, z, torch.where(z.isnan(), z.detach(), margin)).to(input.dtype)

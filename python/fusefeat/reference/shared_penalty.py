@@ -82,10 +82,10 @@ def assignment(
 
 def clamp_statistics(z: Tensor, margin: float, row_weight: Tensor | None) -> tuple[Tensor, Tensor]:
     """row_excess [N] = sum_k max(z_k - margin, 0) and fired [F], rows of weight 0 left out; ties give no gradient."""
-    # "not <=" keeps a NaN logit, which must come out as NaN.
-    passed = ~(z <= margin)
-    fired = z > margin
+    fired, broken = z > margin, z.isnan()
     if row_weight is not None:
         used = (row_weight != 0)[:, None]
-        passed, fired = passed & used, fired & used
-    return torch.where(passed, z - margin, 0.0).sum(1), fired.sum(0)
+        fired, broken = fired & used, broken & used
+    # A NaN logit comes out as NaN, but no gradient passes where z > margin does not hold.
+    excess = torch.where(fired, z - margin, torch.where(broken, z.detach(), 0.0))
+    return excess.sum(1), fired.sum(0)
