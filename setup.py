@@ -211,4 +211,9 @@ class CMakeBuild(build_ext):
 
 
 if __name__ == "__main__":
-    setup(ext_modules=[Extension(f"{PACKAGE}._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+    setup(
+        # Here, because setuptools before 77 cannot read it from pyproject.toml.
+        license="BSD-3-Clause",
+        ext_modules=[Extension(f"{PACKAGE}._C", sources=[])],
+        cmdclass={"build_ext": CMakeBuild},
+    )
