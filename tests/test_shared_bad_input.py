@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import fusefeat
@@ -126,7 +125,7 @@ def test_a_good_call_after_all_of_them_is_right() -> None:
 def test_autocast_mixes_half_types_but_not_float64(dtype: torch.dtype) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         if dtype == torch.float64:
-            with pytest.raises(TypeError, match="weight must be torch.float32"):
+            with pytest.raises(TypeError, match=r"weight must be torch\.float32"):
                 call("shared_penalty", weight=W.double())
         else:
             mixed = call("shared_penalty", weight=W.half())

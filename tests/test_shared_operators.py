@@ -1,4 +1,4 @@
-"""The shared-penalty operators as PyTorch sees them: opcheck, torch.func, torch.compile, export, fake and meta tensors."""
+"""The shared-penalty operators as PyTorch sees them: opcheck, torch.func, compile, export, fake and meta tensors."""
 
 from __future__ import annotations
 

@@ -45,9 +45,7 @@ def prepare(
     checks.matrix(function, "input", input, None)
     device = input.device.type
     mixed = (
-        torch.amp.is_autocast_available(device)
-        and torch.is_autocast_enabled(device)
-        and input.dtype != torch.float64
+        torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and input.dtype != torch.float64
     )
     operand_dtype = torch.get_autocast_dtype(device) if mixed else None
     if operand_dtype not in OPERAND_DTYPES:
