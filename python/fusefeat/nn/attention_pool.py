@@ -72,23 +72,36 @@ class AttentionPool(nn.Module):
                 f"AttentionPool: x must have input_size = {self.linear_in.in_features} channels, got "
                 f"{checks.describe(x)}"
             )
-        for name, parameter in self.named_parameters():
-            checks.dtype_of_or_acc("AttentionPool", name, parameter, "x", x)
-            checks.same_device("AttentionPool", name, parameter, "x", x)
-        acc = acc_dtype(x.dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            weight_in = self.linear_in.weight.to(acc)
-            score = (self.linear_out.weight.to(acc) @ weight_in).squeeze(0)
-            if self.linear_out.bias is not None:
-                # Takes part in the graph, so that its gradient is 0 rather than None, and in nothing else.
-                never = torch.zeros((), dtype=torch.bool, device=x.device)
-                score = score + torch.where(never, self.linear_out.bias.to(acc), 0.0)
-            pooled, lse, weights = _attention_pool(x, score, mask, cu_seqlens, 1.0, return_weights, self.backend)
-            out = F.linear(pooled, weight_in)
-            if self.linear_in.bias is not None:
-                out = out + torch.where((lse != NEG_INF)[:, None], self.linear_in.bias.to(acc), 0.0)
+        for linear in ("linear_in", "linear_out"):
+            module = getattr(self, linear)
+            for name, parameter in (("weight", module.weight), ("bias", module.bias)):
+                if parameter is not None and (parameter.dtype != x.dtype or parameter.device != x.device):
+                    checks.dtype_of_or_acc("AttentionPool", f"{linear}.{name}", parameter, "x", x)
+                    checks.same_device("AttentionPool", f"{linear}.{name}", parameter, "x", x)
+        if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                out, weights = self._pool(x, mask, cu_seqlens, return_weights)
+        else:
+            out, weights = self._pool(x, mask, cu_seqlens, return_weights)
         out = out.to(x.dtype)
         return (out, weights.to(x.dtype)) if return_weights else out
+
+    def _pool(
+        self, x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, return_weights: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The result and the weights in the accumulation type."""
+        acc = acc_dtype(x.dtype)
+        weight_in, bias_in = self.linear_in.weight.to(acc), self.linear_in.bias
+        score = (self.linear_out.weight.to(acc) @ weight_in).squeeze(0)
+        if self.linear_out.bias is not None:
+            # Takes part in the graph, so that its gradient is 0 rather than None, and in nothing else.
+            never = torch.zeros((), dtype=torch.bool, device=x.device)
+            score = score + torch.where(never, self.linear_out.bias.to(acc), 0.0)
+        pooled, lse, weights = _attention_pool(x, score, mask, cu_seqlens, 1.0, return_weights, self.backend)
+        out = F.linear(pooled, weight_in)
+        if bias_in is not None:
+            out = out + torch.where((lse != NEG_INF)[:, None], bias_in.to(acc), 0.0)
+        return out, weights
 
     def extra_repr(self) -> str:
         return f"input_size={self.linear_in.in_features}, hidden_size={self.linear_in.out_features}"
