@@ -160,9 +160,7 @@ def padded_case(
     )
 
 
-def scored_case(
-    name: str, used_by: str, shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype
-) -> Case:
+def scored_case(name: str, used_by: str, shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> Case:
     """softmax_pool: the scores come from a network of the caller's."""
     bags, length, channels = shape
     return Case(
