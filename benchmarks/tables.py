@@ -28,7 +28,7 @@ Record = dict[str, str]
 
 def _number(text: str, digits: int = 3) -> str:
     if not text:
-        return "–"
+        return "-"
     value = float(text)
     return f"{value:.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:#.{digits}g}".rstrip(".")
 
@@ -43,25 +43,30 @@ def _ours_and_best(rows: list[Record], mode: str) -> tuple[Record | None, Record
 def _cells(rows: list[Record], mode: str) -> list[str]:
     ours, best = _ours_and_best(rows, mode)
     if ours is None:
-        return ["no time", "–", "–", "–"]
+        return ["no time", "-", "-", "-"]
     time = _number(ours["median_ms"])
-    floor = f"{float(ours['floor_fraction']):.0%}" if ours["floor_fraction"] else "–"
+    floor = f"{float(ours['floor_fraction']):.0%}" if ours["floor_fraction"] else "-"
     if best is None:
-        return [time, "–", "–", floor]
+        return [time, "-", "-", floor]
     factor = float(best["median_ms"]) / float(ours["median_ms"])
     shown = f"{factor:.2f}" if factor < 10 else f"{factor:.0f}"
-    return [time, f"**{shown}**" if factor < _LOST else shown, f"{best['contender']} {_number(best['median_ms'])}", floor]
+    return [
+        time,
+        f"**{shown}**" if factor < _LOST else shown,
+        f"{best['contender']} {_number(best['median_ms'])}",
+        floor,
+    ]
 
 
 def _memory(rows: list[Record]) -> str:
     ours, best = _ours_and_best(rows, "both")
-    return " / ".join("–" if row is None else _number(row["peak_mib"], 2) for row in (ours, best))
+    return " / ".join("-" if row is None else _number(row["peak_mib"], 2) for row in (ours, best))
 
 
 def _table(rows: list[Record]) -> list[str]:
     head = ["shape", "who"]
     for _, title in _SHOWN:
-        head += [f"{title}, ms", "× best peer", "best peer, ms", "of floor"]
+        head += [f"{title}, ms", "x best peer", "best peer, ms", "of floor"]
     head.append("peak MiB, ours / best peer")
     lines = ["| " + " | ".join(head) + " |", "|---|---|" + "---:|---:|---|---:|" * len(_SHOWN) + "---:|"]
     for case, group in groupby(rows, key=lambda row: row["case"]):
