@@ -33,7 +33,7 @@ def check_rows(module: str, name: str, value: Any, parameter: Tensor, width: str
         raise ValueError(
             f"{module}: {name} must have {width} = {parameter.shape[1]} columns, got {checks.describe(value)}"
         )
-    checks.same_device(module, name, value, "the parameters", parameter)
+    checks.same_device(module, name, value, "the weight", parameter)
     mixed = torch.is_autocast_enabled(value.device.type) and torch.float64 not in (value.dtype, parameter.dtype)
     if value.dtype != parameter.dtype and not mixed:
         raise TypeError(

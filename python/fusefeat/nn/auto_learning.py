@@ -42,9 +42,11 @@ class AutoLearningLayer(nn.Module):
     The layer takes no step in eval mode, at learning rate 0, in inference mode, below a ``torch.func`` transform, and
     in a forward that runs inside a backward, which is a recomputation (checkpointing, either kind): that one uses the
     weights of the forward it repeats (without a graph, as reentrant checkpointing runs it, the last four are known).
-    Parameters with ``requires_grad=False`` are not stepped. A step that is not finite in every entry is not taken, so a
-    NaN batch shows in y but does not destroy the weights. ``torch.compile(fullgraph=True)`` works; a compiled layer
-    inside a checkpointed part raises a RuntimeError in the backward.
+    Parameters with ``requires_grad=False``, and computed (parametrised) ones, are not stepped. A step that is not
+    finite in every entry is not taken, so a NaN batch shows in y but does not destroy the weights.
+
+    ``torch.compile(fullgraph=True)`` works, but compiled code cannot tell inference mode from ``no_grad`` (use eval
+    mode there), and a compiled layer inside a checkpointed part raises a RuntimeError in the backward.
 
     Args:
         input_size: channels of x.
@@ -106,7 +108,7 @@ class AutoLearningLayer(nn.Module):
             loss that is not a scalar or does not depend on the parameters.
         """
         check_rows("AutoLearningLayer", "x", x, self.net.weight, "input_size", leading=True)
-        current = {name: p for name, p in self.net.named_parameters(recurse=False) if p is not None}
+        current = {name: p for name in ("weight", "bias") if (p := getattr(self.net, name)) is not None}
         steps = {name: p for name, p in current.items() if p.requires_grad and p.is_leaf}
         if not self.training or not self.learning_rate or not steps or must_be_pure() or inference():
             return self._activation(self._logits(x, current))

@@ -27,8 +27,9 @@ class AutoFeatureExtractor(nn.Module):
     filled have weight 0. A batch that joined with NaN in it spoils the objective until it has left the queue.
 
     A recomputation in the backward (checkpointing), a ``torch.func`` transform and inference mode leave the queue as
-    it is, the first two also the objective. ``DistributedDataParallel`` gives all ranks the queue of rank 0, as any
-    buffer (``broadcast_buffers=False``: each its own); call ``ddp.module.objective()``.
+    it is, the first two also the objective; compiled code can tell neither a recomputation nor inference mode.
+    ``DistributedDataParallel`` gives all ranks the queue of rank 0, as it does with any buffer
+    (``broadcast_buffers=False``: each its own); the objective is then ``ddp.module.objective()``.
 
     Args:
         input_dim: columns D of the inputs.
