@@ -111,5 +111,4 @@ def _distance(one: Tensor | None, other: Tensor) -> float:
         return float("inf")
     if one.numel() == 0:
         return 0.0
-    distance = float((one - other).abs().max())
-    return distance if distance == distance else torch.finfo(torch.float32).max
+    return float((one.nan_to_num() - other.nan_to_num()).abs().max())

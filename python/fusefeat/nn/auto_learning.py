@@ -108,7 +108,9 @@ class AutoLearningLayer(nn.Module):
             loss that is not a scalar or does not depend on the parameters.
         """
         check_rows("AutoLearningLayer", "x", x, self.net.weight, "input_size", leading=True)
-        current = {name: p for name in ("weight", "bias") if (p := getattr(self.net, name)) is not None}
+        current = {"weight": self.net.weight}
+        if self.net.bias is not None:
+            current["bias"] = self.net.bias
         steps = {name: p for name, p in current.items() if p.requires_grad and p.is_leaf}
         if not self.training or not self.learning_rate or not steps or must_be_pure() or inference():
             return self._activation(self._logits(x, current))
