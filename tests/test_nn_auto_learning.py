@@ -373,6 +373,20 @@ def test_compiled(loss: Any) -> None:
         out.sum().backward()
 
 
+def test_checkpointed_in_a_compiled_model_when_left_out_of_it() -> None:
+    layer = make(decorrelate)
+    plain = copy.deepcopy(layer)
+    left_out = torch.compiler.disable(layer)
+    torch._dynamo.reset()
+    model = torch.compile(lambda x: checkpoint(body, left_out, x, use_reentrant=False), backend="aot_eager")
+    x = rand(5, 3).requires_grad_()
+    y = x.detach().clone().requires_grad_()
+    model(x).sum().backward()
+    body(plain, y).sum().backward()
+    torch.testing.assert_close(x.grad, y.grad)
+    torch.testing.assert_close(parameters(layer), parameters(plain))
+
+
 def test_the_compiled_copy_is_a_sound_operator() -> None:
     torch.library.opcheck(torch.ops.fusefeat.copy_before_step.default, (rand(3, 2).requires_grad_(),))
 

@@ -46,7 +46,8 @@ class AutoLearningLayer(nn.Module):
     finite in every entry is not taken, so a NaN batch shows in y but does not destroy the weights.
 
     ``torch.compile(fullgraph=True)`` works, but compiled code cannot tell inference mode from ``no_grad`` (use eval
-    mode there), and a compiled layer inside a checkpointed part raises a RuntimeError in the backward.
+    mode there), and a compiled layer cannot be recomputed: it raises a RuntimeError. In a checkpointed part of a
+    compiled model, leave the layer out of compilation: ``torch.compiler.disable(layer)``.
 
     Args:
         input_size: channels of x.
@@ -118,7 +119,7 @@ class AutoLearningLayer(nn.Module):
             y = self._activation(self._logits(x, current | {n: copy_before_step(p) for n, p in steps.items()}))
             gradients = self._gradients_by_transform(x.detach(), current, steps)
         elif in_backward():
-            found = self._record.find(lambda kept: self._marks(x, current | kept.tensors))
+            found = self._record.find(x.shape[:-1], lambda kept: self._marks(x, current | kept.tensors))
             if found is not None:
                 current |= {n: StandIn.apply(current[n], value, found) for n, value in found.tensors.items()}
             return self._activation(self._logits(x, current))

@@ -24,7 +24,8 @@ class AutoFeatureExtractor(nn.Module):
     The objective compares the batch with context rows: a first-in-first-out queue of the last ``context_size``
     inputs, as it stood before this batch joined it. A batch joins in training mode only; it is detached, cast to the
     parameters' dtype, and the buffer is replaced rather than written to, so that no graph sees it change. Slots never
-    filled have weight 0. A batch that joined with NaN in it spoils the objective until it has left the queue.
+    filled have weight 0. A batch that joined with NaN in it spoils the objective until it has left the queue. The
+    module holds on to the batch and its graph until its objective is asked for, or the next forward.
 
     A recomputation in the backward (checkpointing), a ``torch.func`` transform and inference mode leave the queue as
     it is, the first two also the objective; compiled code can tell neither a recomputation nor inference mode.
