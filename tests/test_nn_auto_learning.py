@@ -14,6 +14,7 @@ import pytest
 import torch
 from pool_cases import rand
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -371,6 +372,12 @@ def test_compiled(loss: Any) -> None:
     out = checkpoint(fast, x, use_reentrant=False)
     with pytest.raises(RuntimeError, match="a compiled layer cannot be recomputed"):
         out.sum().backward()
+
+
+def test_meta_and_fake() -> None:
+    assert make(device="meta")(rand(4, 3).to("meta")).shape == (4, 6)
+    with FakeTensorMode():
+        assert make()(rand(4, 3)).shape == (4, 6)
 
 
 def test_checkpointed_in_a_compiled_model_when_left_out_of_it() -> None:

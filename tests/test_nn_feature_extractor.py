@@ -16,6 +16,7 @@ import torch
 from pool_cases import rand
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 MARGIN = 0.8
@@ -245,6 +246,14 @@ def test_compiled(context_size: int) -> None:
     torch.testing.assert_close(x.grad, y.grad)
     if context_size:
         torch.testing.assert_close(module.queue, plain.queue)
+
+
+def test_meta_and_fake() -> None:
+    module = make(2, device="meta")
+    assert module(rand(4, 3).to("meta")).shape == (4, 5) and module.objective().is_meta
+    with FakeTensorMode():
+        module = make(2)
+        assert module(rand(4, 3)).shape == (4, 5) and module.objective().shape == ()
 
 
 def test_transforms_leave_the_state_alone() -> None:

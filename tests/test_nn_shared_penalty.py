@@ -13,6 +13,7 @@ import pytest
 import torch
 from pool_cases import rand
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parameter import UninitializedParameter
 
 BOTH = pytest.mark.parametrize("kind", [fusefeat.ShareableLoss, fusefeat.ShareableReg])
@@ -192,6 +193,16 @@ def test_compiled_from_the_first_input_on(kind: Kind) -> None:
     assert module.weight.grad is not None
     torch._dynamo.reset()
     torch.testing.assert_close(torch.compile(module, fullgraph=True, backend="aot_eager")(x, context), loss)
+
+
+@BOTH
+def test_meta_fake_and_export(kind: Kind) -> None:
+    lazy = kind(4, bias=True, device="meta")
+    assert lazy(torch.randn(5, 3, device="meta")).shape == () and lazy.weight.is_meta
+    with FakeTensorMode():
+        assert kind(4, in_features=3)(torch.randn(5, 3)).shape == ()
+    module, x = kind(4, in_features=3), torch.randn(5, 3)
+    torch.testing.assert_close(torch.export.export(module, (x, x)).module()(x, x), module(x, x))
 
 
 @BOTH

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import checks, functional
+from ..functional._shared import autocast_enabled
 from ..functional.shared_penalty import _all_reduce
 from ._recomputation import Kept, Record, StandIn, copy_before_step, in_backward, inference, must_be_pure
 from ._shared import check_rows, deepcopy_sharing_group, positive_number
@@ -187,7 +188,7 @@ class AutoLearningLayer(nn.Module):
             for parameter, gradient in zip(steps.values(), gradients, strict=True):
                 parameter.sub_(torch.where(finite, gradient, 0.0), alpha=self.learning_rate)
         # Casts of the parameters that autocast may hold are those before the step.
-        if not torch.compiler.is_compiling() and torch.is_autocast_enabled(gradients[0].device.type):
+        if not torch.compiler.is_compiling() and autocast_enabled(gradients[0].device.type):
             torch.clear_autocast_cache()
 
     def _averaged(self, gradients: list[Tensor]) -> list[Tensor]:
