@@ -137,12 +137,11 @@ def test_objective_is_that_of_one_forward() -> None:
     x, y = rand(3, 3), rand(3, 3)
     module(x)
     module(y)
-    torch.testing.assert_close(module.objective(), by_hand(module, y, [x[1:]]))
-    with pytest.raises(RuntimeError, match="none since the module was made"):
-        module.objective()
+    for _ in range(2):  # to be logged and to be minimised
+        torch.testing.assert_close(module.objective(), by_hand(module, y, [x[1:]]))
 
 
-def test_nothing_of_the_graph_is_kept_after_the_objective() -> None:
+def test_nothing_of_the_graph_is_kept_after_the_next_forward() -> None:
     module = make(2)
     leaf = rand(3, 3).requires_grad_()
     hidden = leaf * 2
@@ -151,6 +150,7 @@ def test_nothing_of_the_graph_is_kept_after_the_objective() -> None:
     module.objective().backward()
     assert leaf.grad is not None
     del hidden
+    module(rand(3, 3))
     gc.collect()
     assert gone() is None
 
