@@ -217,8 +217,8 @@ def test_checkpointing_moves_the_queue_once(reentrant: bool) -> None:
     torch.testing.assert_close(x.grad, y.grad)
     torch.testing.assert_close(module.linear.weight.grad, plain.linear.weight.grad)
     assert int(module.filled.sum()) == 3
-    with pytest.raises(RuntimeError, match=r"objective\(\)"):
-        module.objective()
+    # Still that of the forward, against the queue before it.
+    torch.testing.assert_close(module.objective(), plain.objective())
 
 
 @pytest.mark.parametrize("context_size", [0, 4])
