@@ -32,6 +32,11 @@ class Logits(NamedTuple):
         return self.weight.shape[0]
 
 
+def autocast_enabled(device_type: str) -> bool:
+    """Whether autocast is on for a device; meta has none to ask, in words that torch 2.11 can compile."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
 def prepare(
     function: str,
     input: Any,
@@ -43,11 +48,8 @@ def prepare(
 ) -> Logits:
     """Check what the operators take and settle the operands' dtype."""
     checks.matrix(function, "input", input, None)
-    device = input.device.type
-    mixed = (
-        torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and input.dtype != torch.float64
-    )
-    operand_dtype = torch.get_autocast_dtype(device) if mixed else None
+    mixed = autocast_enabled(input.device.type) and input.dtype != torch.float64
+    operand_dtype = torch.get_autocast_dtype(input.device.type) if mixed else None
     if operand_dtype not in OPERAND_DTYPES:
         operand_dtype = None
     checks.matrix(function, "weight", weight, input, mixed_dtypes=mixed, width_of="input")
