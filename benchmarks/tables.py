@@ -112,10 +112,17 @@ def render(rows: Iterable[Record]) -> str:
 
 def updated(page: str, read: Callable[[str], list[Record]]) -> str:
     """The page with every block written anew."""
-    return _BLOCK.sub(lambda found: f"{found[1]}\n{render(read(found['name']))}\n{found[3]}", page)
+
+    def block(found: re.Match[str]) -> str:
+        rows = read(found["name"])
+        return f"{found[1]}\n{render(rows) if rows else 'Not measured yet.' + chr(10)}\n{found[3]}"
+
+    return _BLOCK.sub(block, page)
 
 
 def _read(name: str) -> list[Record]:
+    if not (RESULTS / name).exists():
+        return []
     with (RESULTS / name).open(newline="") as file:
         return list(csv.DictReader(file))
 

@@ -168,6 +168,7 @@ def test_tables_show_wins_and_losses() -> None:
     new = tables.updated(page, lambda name: rows)
     assert text in new and "old" not in new and new.startswith("before\n") and new.endswith("<!-- end -->\nafter\n")
     assert tables.updated(new, lambda name: rows) == new
+    assert "Not measured yet." in tables.updated(page, lambda name: [])
 
 
 def test_performance_page_is_up_to_date() -> None:
