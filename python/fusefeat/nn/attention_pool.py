@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from ..functional.attention_pool import _attention_pool
 from ..ops import attention_pool as pools
 from ..ops.native import without_autocast
 from ..reference import attention_pool as reference
+
+_PARAMETERS = ("linear_in.weight", "linear_in.bias", "linear_out.weight", "linear_out.bias")
 
 
 class AttentionPool(nn.Module):
@@ -70,32 +73,27 @@ class AttentionPool(nn.Module):
             [B,hidden_size] in the dtype of ``x``, 0 for a bag without a kept token; with ``return_weights`` a pair.
         """
         checks.tokens_and_layout("AttentionPool", "x", x, mask, cu_seqlens)
-        if x.shape[-1] != self.linear_in.in_features:
+        first, last = self.linear_in, self.linear_out
+        if x.shape[-1] != first.in_features:
             raise ValueError(
-                f"AttentionPool: x must have input_size = {self.linear_in.in_features} channels, got "
-                f"{checks.describe(x)}"
+                f"AttentionPool: x must have input_size = {first.in_features} channels, got {checks.describe(x)}"
             )
-        for linear in ("linear_in", "linear_out"):
-            module = getattr(self, linear)
-            for name, parameter in (("weight", module.weight), ("bias", module.bias)):
-                if parameter is not None and (parameter.dtype != x.dtype or parameter.device != x.device):
-                    checks.dtype_of_or_acc("AttentionPool", f"{linear}.{name}", parameter, "x", x)
-                    checks.same_device("AttentionPool", f"{linear}.{name}", parameter, "x", x)
+        parameters = (first.weight, first.bias, last.weight, last.bias)
+        for name, parameter in zip(_PARAMETERS, parameters, strict=True):
+            if parameter is not None and (parameter.dtype != x.dtype or parameter.device != x.device):
+                checks.dtype_of_or_acc("AttentionPool", name, parameter, "x", x)
+                checks.same_device("AttentionPool", name, parameter, "x", x)
         with without_autocast(x):
-            out, weights = self._pool(x, mask, cu_seqlens, return_weights)
+            out, weights = self._pool((x, *parameters, mask, cu_seqlens), return_weights)
         out = out.to(x.dtype)
         return (out, weights.to(x.dtype)) if return_weights else out
 
-    def _pool(
-        self, x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, return_weights: bool
-    ) -> tuple[Tensor, Tensor]:
+    def _pool(self, args: tuple[Any, ...], return_weights: bool) -> tuple[Tensor, Tensor]:
         """The result and the weights in the accumulation type."""
-        first, last = self.linear_in, self.linear_out
-        args = (x, first.weight, first.bias, last.weight, last.bias, mask, cu_seqlens)
-        chosen = backends.choose("attention_pool", self.backend, x)
+        chosen = backends.choose("attention_pool", self.backend, args[0])
         if chosen == "reference" or torch.compiler.is_compiling() or backends.under_transform():
             pool = partial(_attention_pool, need_weights=return_weights, backend=chosen)
-            out, _, _, weights, _ = reference.attention_layer(*args, pool=pool)
+            out, _, _, weights, _ = reference.attention_layer(*args, pool)
         else:
             checks.no_forward_mode("AttentionPool", chosen, *args)
             out, _, _, weights, _ = pools.layer(chosen)(*args, return_weights)

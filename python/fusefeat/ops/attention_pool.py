@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .. import _library
 from ..reference import attention_pool as reference
@@ -140,9 +141,9 @@ def layer(backend: str) -> Operator:
             weight_in = weight_in.to(acc)
             query = torch.mm(weight_out.to(acc), weight_in).squeeze(0)
             pooled, lse, weights = operator.forward(x, query, mask, cu, 1.0, need)
-            out = torch.mm(pooled, weight_in.t())
+            out = F.linear(pooled, weight_in, None if bias_in is None else bias_in.to(acc))
             if bias_in is not None:
-                out += torch.where((lse != reference.NEG_INF).unsqueeze(1), bias_in.to(acc), 0.0)
+                out.masked_fill_((lse == reference.NEG_INF).unsqueeze(1), 0.0)
         return out, pooled, lse, weights, query
 
     def backward(
