@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -20,6 +21,10 @@ def _activation_formula(*args: Any) -> tuple[Tensor]:
 
 
 def _operators(ops: Any) -> dict[str, Operator]:
+    torch.library.register_fake(ops.clamped_reg, _fake_statistics)
+    torch.library.register_fake(ops.clamped_activation, _fake_activation)
+    torch.library.register_fake(ops.clamped_reg_backward, _fake_backward)
+    torch.library.register_fake(ops.clamped_activation_backward, _fake_backward)
     return {
         "clamped_reg": Operator(
             ops.clamped_reg,
@@ -58,16 +63,19 @@ def _fake_backward(grad: Tensor, context: Any, input: Tensor, weight: Tensor, bi
 
 
 def _native() -> dict[str, Operator]:
-    torch.library.register_fake("fusefeat::clamped_reg", _fake_statistics)
-    torch.library.register_fake("fusefeat::clamped_activation", _fake_activation)
-    torch.library.register_fake("fusefeat::clamped_reg_backward", _fake_backward)
-    torch.library.register_fake("fusefeat::clamped_activation_backward", _fake_backward)
     return _operators(NativeOperators())
+
+
+@functools.cache
+def _triton() -> dict[str, Operator]:
+    from ..triton import clamped_reg as kernels  # imports triton, which is optional
+
+    return _operators(kernels)
 
 
 _NATIVE = _native() if _library.STATE.cpu_loaded else {}
 
 
-def operator(name: str) -> Operator:
-    """``clamped_reg`` (the statistics) or ``clamped_activation``."""
-    return _NATIVE[name]
+def operator(name: str, backend: str) -> Operator:
+    """``clamped_reg`` (the statistics) or ``clamped_activation`` on a compiled backend ("cpu", "cuda" or "triton")."""
+    return (_triton() if backend == "triton" else _NATIVE)[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -36,6 +37,10 @@ def _assignment_formula(*args: Any) -> tuple[Tensor]:
 
 
 def _operators(ops: Any) -> dict[str, Operator]:
+    torch.library.register_fake(ops.shared_penalty, _fake_statistics)
+    torch.library.register_fake(ops.shared_penalty_backward, _fake_statistics_backward)
+    torch.library.register_fake(ops.shared_assignment, _fake_assignment)
+    torch.library.register_fake(ops.shared_assignment_backward, _fake_assignment_backward)
     return {
         "shared_penalty": Operator(
             ops.shared_penalty,
@@ -103,16 +108,19 @@ def _fake_assignment_backward(
 
 
 def _native() -> dict[str, Operator]:
-    torch.library.register_fake("fusefeat::shared_penalty", _fake_statistics)
-    torch.library.register_fake("fusefeat::shared_penalty_backward", _fake_statistics_backward)
-    torch.library.register_fake("fusefeat::shared_assignment", _fake_assignment)
-    torch.library.register_fake("fusefeat::shared_assignment_backward", _fake_assignment_backward)
     return _operators(NativeOperators())
+
+
+@functools.cache
+def _triton() -> dict[str, Operator]:
+    from ..triton import shared_penalty as kernels  # imports triton, which is optional
+
+    return _operators(kernels)
 
 
 _NATIVE = _native() if _library.STATE.cpu_loaded else {}
 
 
-def operator(name: str) -> Operator:
-    """``shared_penalty`` (the statistics) or ``shared_assignment``."""
-    return _NATIVE[name]
+def operator(name: str, backend: str) -> Operator:
+    """``shared_penalty`` (the statistics) or ``shared_assignment`` on a compiled backend ("cpu", "cuda" or "triton")."""
+    return (_triton() if backend == "triton" else _NATIVE)[name]
