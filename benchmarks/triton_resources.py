@@ -1,6 +1,6 @@
 """Registers, spills and shared memory of every Triton kernel, compiled ahead of time; needs no GPU.
 
-The operators run on fake tensors and their launches are recorded, so what is compiled is what would be launched.
+The operators run and their launches are recorded, so what is compiled is what would be launched.
 
     python benchmarks/triton_resources.py [--full] [--arch 90 ...] [--jobs N]
 """
@@ -26,7 +26,12 @@ import triton
 from fusefeat.triton import _attention_pool_backward as backward_kernels
 from fusefeat.triton import _attention_pool_forward as forward_kernels
 from fusefeat.triton import _attention_pool_tuning as tuning
+from fusefeat.triton import _shared_penalty_backward as shared_backward_kernels
+from fusefeat.triton import _shared_penalty_forward as shared_forward_kernels
+from fusefeat.triton import _shared_penalty_products as shared_product_kernels
 from fusefeat.triton import attention_pool as operators
+from fusefeat.triton import clamped_reg as clamp_operators
+from fusefeat.triton import shared_penalty as shared_operators
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
@@ -34,9 +39,15 @@ from triton.compiler import ASTSource
 
 KERNELS = {
     name: kernel
-    for module in (forward_kernels, backward_kernels)
+    for module in (
+        forward_kernels,
+        backward_kernels,
+        shared_forward_kernels,
+        shared_backward_kernels,
+        shared_product_kernels,
+    )
     for name, kernel in vars(module).items()
-    if name.startswith(("pool_", "sum_"))
+    if name.startswith(("pool_", "sum_", "shared_"))
 }
 ARCHS = (80, 90, 100)
 # Opt-in limit of one block, in bytes.
@@ -45,6 +56,7 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, 
 # ptxas may park a few scalars of the outer loops in local memory to reach its next occupancy step. More than that is
 # register pressure: tokens or sums that leave the registers inside the loop over tokens.
 PARKED_LIMIT = 32
+DEFAULT_STAGES = 3
 TRITON_TYPES = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
@@ -65,6 +77,7 @@ class Launch:
     constants: tuple[tuple[str, Any], ...]
     divisible: tuple[str, ...]
     num_warps: int
+    num_stages: int
 
 
 @dataclass(frozen=True)
@@ -88,10 +101,9 @@ def specialise(kernel: Any, args: tuple[Any, ...], config: dict[str, Any]) -> La
     names = kernel.arg_names
     values = dict(zip(names, args, strict=False)) | {name: value for name, value in config.items() if name in names}
     signature, constants, divisible = [], [], []
-    for name in names:
+    for name, parameter in zip(names, kernel.params, strict=True):
         value = values[name]
-        is_constexpr = kernel.params[names.index(name)].is_constexpr
-        if is_constexpr or (type(value) is int and value == 1):
+        if parameter.is_constexpr or (type(value) is int and value == 1 and not parameter.do_not_specialize):
             signature.append((name, "constexpr"))
             constants.append((name, value))
         elif isinstance(value, Tensor):
@@ -99,11 +111,14 @@ def specialise(kernel: Any, args: tuple[Any, ...], config: dict[str, Any]) -> La
             divisible.append(name)
         elif type(value) is int:
             signature.append((name, "i32" if abs(value) < 2**31 else "i64"))
-            if value % 16 == 0:
+            if value % 16 == 0 and not parameter.do_not_specialize:
                 divisible.append(name)
         else:
             signature.append((name, "fp32"))
-    return Launch(kernel.__name__, tuple(signature), tuple(constants), tuple(divisible), config["num_warps"])
+    return Launch(
+        kernel.__name__, tuple(signature), tuple(constants), tuple(divisible),
+        config["num_warps"], config.get("num_stages", DEFAULT_STAGES),
+    )  # fmt: skip
 
 
 def launches_of(run: Any) -> list[Launch]:
@@ -117,6 +132,18 @@ def launches_of(run: Any) -> list[Launch]:
             return lambda *args, **config: found.append(specialise(self.kernel, args, config))
 
     with FakeTensorMode(), mock.patch.object(operators, "wrap_triton", Recorder):
+        run()
+    return found
+
+
+def shared_launches_of(run: Any) -> list[Launch]:
+    """Of operators that torch.compile does not trace, run on tensors in memory."""
+    found: list[Launch] = []
+
+    def recorder(kernel: Any, grid: Any) -> Any:
+        return lambda *args, **config: found.append(specialise(kernel, args, config))
+
+    with mock.patch.object(triton.JITFunction, "__getitem__", recorder):
         run()
     return found
 
@@ -142,6 +169,31 @@ def run_pools(dtype: torch.dtype, channels: int, queries: int | None, packed: bo
     operators.softmax_pool_backward(
         grad_out, grad_weights, x, scores, mask, cu, out, lse, weights, True, not (extras and masked)
     )
+
+
+def run_shared(dtype: torch.dtype, operand: int, rows: int, channels: int, features: int, extras: bool) -> None:
+    """Forward and backward of the shared-logits operators; extras: bias, weights, a context, everything at once."""
+    x, weight = torch.empty(rows, channels, dtype=dtype), torch.empty(features, channels, dtype=dtype)
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    context = torch.empty(rows, channels, dtype=dtype) if extras else None
+    count = 2 * rows if extras else rows
+    row_weight = torch.empty(count, dtype=acc) if extras else None
+    bias = torch.empty(features, dtype=acc) if extras else None
+    args = (context, x, weight, bias, 0.5)
+    per_row, per_feature = torch.empty(count, dtype=acc), torch.empty(features, dtype=acc)
+    matrix = torch.empty(count, features, dtype=dtype)
+    needs = [extras, True, True, extras]
+    *_, kept = shared_operators.shared_penalty(*args, row_weight, operand, extras, count if extras else 0)
+    incoming = (per_row, per_row if extras else None, per_feature, per_row if extras else None)
+    shared_operators.shared_penalty_backward(
+        *incoming, *args, row_weight, operand, per_row, per_row, kept, [*needs, extras]
+    )
+    clamp_operators.clamped_reg(*args, row_weight, operand)
+    clamp_operators.clamped_reg_backward(per_row, *args, row_weight, operand, needs)
+    shared_operators.shared_assignment(*args, operand)
+    shared_operators.shared_assignment_backward(matrix, *args, operand, matrix, needs)
+    clamp_operators.clamped_activation(*args, operand)
+    clamp_operators.clamped_activation_backward(matrix, *args, operand, needs)
 
 
 def all_cases(full: bool) -> list[tuple[Any, ...]]:
@@ -171,29 +223,46 @@ def all_cases(full: bool) -> list[tuple[Any, ...]]:
     ]
 
 
+def shared_cases(full: bool) -> list[tuple[Any, ...]]:
+    """(dtype, operand, rows, channels, features, extras, the architectures to compile for)."""
+    large, small, odd = (2048, 256, 1024), (64, 128, 96), (100, 37, 75)
+    if full:
+        types = [*((dtype, 0) for dtype in DTYPES.values()), (torch.float32, 1), (torch.float32, 2)]
+        cases = itertools.product(types, (large, small, odd), (False, True))
+        return [(*kind, *size, extras, ARCHS) for kind, size, extras in cases]
+    return [
+        (torch.bfloat16, 0, *large, False, ARCHS),
+    ]
+
+
 def all_launches(full: bool, archs: tuple[int, ...]) -> Iterator[tuple[Launch, int]]:
     seen = set()
-    for *case, case_archs in all_cases(full):
-        for launch in launches_of(lambda case=case: run_pools(*case)):
-            for arch in case_archs:
-                if arch in archs and (launch, arch) not in seen:
-                    seen.add((launch, arch))
-                    yield launch, arch
+    found = [(launches_of(lambda case=case: run_pools(*case)), wanted) for *case, wanted in all_cases(full)]
+    found += [(shared_launches_of(lambda case=case: run_shared(*case)), wanted) for *case, wanted in shared_cases(full)]
+    for launches, case_archs in found:
+        for launch, arch in itertools.product(launches, case_archs):
+            if arch in archs and (launch, arch) not in seen:
+                seen.add((launch, arch))
+                yield launch, arch
 
 
 def compile_launch(launch: Launch, arch: int) -> Resources:
     kernel = KERNELS[launch.kernel]
     attrs = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in launch.divisible}
     source = ASTSource(kernel, dict(launch.signature), dict(launch.constants), attrs)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": launch.num_warps})
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
         usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     use = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    flags = [f"{name}={int(value)}" for name, value in launch.constants if name.isupper()]
-    types = {kind[1:] for name, kind in launch.signature if name in ("x_ptr", "out_ptr", "weights_ptr", "partial_ptr")}
+    flags = [
+        f"{name}={int(value) if isinstance(value, int) else value}" for name, value in launch.constants if name.isupper()
+    ]
+    typed = ("x_ptr", "out_ptr", "weights_ptr", "partial_ptr", "input_ptr", "dz_ptr")
+    types = {kind[1:] for name, kind in launch.signature if name in typed}
     config = " ".join([*sorted(types), *flags, f"warps={launch.num_warps}"])
     return Resources(launch.kernel, config, arch, use["REG"], use["STACK"] + use["LOCAL"], compiled.metadata.shared)
 

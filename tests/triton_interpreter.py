@@ -51,7 +51,18 @@ def _dot(builder: Any, a: Any, b: Any, *rest: Any) -> Any:
     return _create_dot(builder, a, b, *rest)
 
 
+def _patch_once(function: Any) -> Any:
+    """Triton patches its language again at every call of a device function: what is patched already need not be."""
+    modules = [interpreter.tl, interpreter.tl.core]
+    seen = [value for value in function.__globals__.values() if any(value is module for module in modules)]
+    if any(interpreter.tl.core.is_builtin(module.load) for module in seen):
+        return _patch_lang(function)
+    return interpreter._LangPatchScope()
+
+
+_patch_lang = interpreter._patch_lang
 _cast_impl = interpreter.InterpreterBuilder.cast_impl
 _create_dot = interpreter.InterpreterBuilder.create_dot
 interpreter.InterpreterBuilder.cast_impl = _cast
 interpreter.InterpreterBuilder.create_dot = _dot
+interpreter._patch_lang = _patch_once

@@ -75,7 +75,7 @@ def _statistics(function: str, logits: Logits, backend: str | None, with_clamp: 
     checks.no_forward_mode(function, chosen, *logits)
     keep = 0
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        keep = operators.rows_to_keep(logits.rows, logits.features, logits.input.dtype)
+        keep = operators.rows_to_keep(logits.rows, logits.features, logits.input.dtype, chosen, logits.operand)
     return operators.operator("shared_penalty", chosen)(*logits, with_clamp, keep)[:5]
 
 

@@ -49,9 +49,6 @@ TF32_FEW_GRAD_ROWS = Tile(64, 32, 64, 4, 3)
 TF32_GRAD_WEIGHT = Tile(32, 128, 128, 8, 3)
 TF32_FEW_GRAD_WEIGHT = Tile(32, 64, 64, 4, 3)
 
-# An interpreted program costs nearly the same whatever its tile.
-INTERPRETED_TILE = Tile(64, 128, 64, 1, 1)
-LARGE_INTERPRETED_TILE = Tile(256, 512, 64, 1, 1)
 
 
 def cdiv(a: int, b: int) -> int:
@@ -59,7 +56,8 @@ def cdiv(a: int, b: int) -> int:
 
 
 def _interpreted(rows: int, features: int) -> Tile:
-    return INTERPRETED_TILE if rows <= 256 and features <= 512 else LARGE_INTERPRETED_TILE
+    """An interpreted program costs nearly the same whatever its tile."""
+    return Tile(64 if rows <= 256 else 256, 128 if features <= 512 else 512, 64, 1, 1)
 
 
 def _choose(programs: int, tile: Tile, few: Tile) -> Tile:
