@@ -36,7 +36,8 @@ rand = pool_cases.rand
 def _seed() -> None:
     torch.manual_seed(0)
     # For direct calls: derivatives and fake kernels come with the family's operators.
-    penalty_ops.operator("shared_penalty", "triton"), clamp_ops.operator("clamped_reg", "triton")
+    penalty_ops.operator("shared_penalty", "triton")
+    clamp_ops.operator("clamped_reg", "triton")
 
 
 @pytest.fixture
@@ -77,13 +78,13 @@ def test_many_chunks(dtype: torch.dtype) -> None:
         bias=rand(150, dtype=dtype),
         row_weight=row_weight.to(dtype),
     )
-    inputs.input[2::3] = NAN  # rows of weight 0, as 60 context rows come first
-    inputs.input[2::3] = torch.where(row_weight[62::3, None] == 0, NAN, 0.5).to(dtype)
+    inputs.input[row_weight[60:] == 0] = NAN
     ranges = tuning.chunks(190, 150 * 4, 0, 64, 0)
     assert len(ranges) > 3 and any(begin < 60 < end for begin, end in ranges)
     shared_cases.compare_objective(fusefeat.shared_objective, inputs, "triton")
     shared_cases.compare_reg(fusefeat.clamped_reg, inputs, "triton")
-    inputs.input.nan_to_num_(), setattr(inputs, "row_weight", None)
+    inputs.input.nan_to_num_()
+    inputs.row_weight = None
     shared_cases.compare_matrix(fusefeat.shared_assignment, inputs, "triton")
     shared_cases.compare_matrix(fusefeat.clamped_activation, inputs, "triton")
 
@@ -174,7 +175,7 @@ def test_public_functions_under_autocast() -> None:
 
 
 def test_float16_gradients_beyond_its_range() -> None:
-    """Incoming gradients that no float16 holds, of which some float16 gradients can hold the outcome."""
+    """Gradients of logits that no float16 holds: what of their products with the operands fits a float16 is right."""
     args, grads = problem(torch.float16)
     for factor in (2.0**-26, 2.0**20):
         scaled = [grad * factor for grad in grads]
@@ -183,10 +184,9 @@ def test_float16_gradients_beyond_its_range() -> None:
         _, want = statistics_and_gradients(wide, [g.double() for g in scaled], [True] * 5, 0)
         assert pool_cases.relative_rms(found[3], want[3]) < 1e-3
         for got, exact in zip(found[:3], want[:3], strict=True):
-            assert torch.equal(got.isfinite(), exact.to(torch.float16).isfinite()) or factor > 1
             fits = exact.abs() < 6e4
-            step = max(2.0**-24, 1e-3 * exact[fits].abs().max().item())
-            assert (got.double() - exact)[fits].abs().max() <= step
+            step = max(2.0**-25, 1e-3 * exact.abs().max().item())
+            assert fits.any() and (got.double() - exact)[fits].abs().max() <= step
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import threading
 from typing import Any
 
 import torch
@@ -66,16 +66,24 @@ def _native() -> dict[str, Operator]:
     return _operators(NativeOperators())
 
 
-@functools.cache
-def _triton() -> dict[str, Operator]:
-    from ..triton import clamped_reg as kernels  # imports triton, which is optional
-
-    return _operators(kernels)
-
-
 _NATIVE = _native() if _library.STATE.cpu_loaded else {}
+_LOADED = {"cpu": _NATIVE, "cuda": _NATIVE}
+_LOCK = threading.Lock()
+
+
+@torch.compiler.assume_constant_result  # torch.compile runs it instead of tracing into the registration
+def _load_triton() -> bool:
+    with _LOCK:
+        if "triton" in _LOADED:
+            return True
+        from ..triton import clamped_reg as kernels  # imports triton, which is optional
+
+        _LOADED["triton"] = _operators(kernels)
+    return True
 
 
 def operator(name: str, backend: str) -> Operator:
     """``clamped_reg`` (the statistics) or ``clamped_activation`` on a compiled backend ("cpu", "cuda" or "triton")."""
-    return (_triton() if backend == "triton" else _NATIVE)[name]
+    if backend == "triton":
+        _load_triton()
+    return _LOADED[backend][name]
