@@ -226,9 +226,7 @@ def run(
     return {name: tensor.detach().cpu() for name, tensor in result.items()}
 
 
-def compare(
-    outputs: Callable[..., Result], function: Any, inputs: Inputs, backend: str, device: str = "cpu"
-) -> None:
+def compare(outputs: Callable[..., Result], function: Any, inputs: Inputs, backend: str, device: str = "cpu") -> None:
     """Hold a backend to the reference in float64 on the same (already rounded) inputs.
 
     Four times the error that the reference itself makes in the type at hand is allowed where that is more: these

@@ -1,4 +1,4 @@
-"""The shared-penalty family on a CUDA device: GPU backends on the shared cases and at real sizes, memory, CUDA graphs."""
+"""The shared-penalty family on a CUDA device: on the shared cases, at real sizes, in bounded memory, in CUDA graphs."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def _load_triton() -> bool:
 
 
 def operator(name: str, backend: str) -> Operator:
-    """``clamped_reg`` (the statistics) or ``clamped_activation`` on a compiled backend ("cpu", "cuda" or "triton")."""
+    """``clamped_reg`` (the statistics) or ``clamped_activation`` on backend "cpu", "cuda" or "triton"."""
     if backend == "triton":
         _load_triton()
     return _LOADED[backend][name]

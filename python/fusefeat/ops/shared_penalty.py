@@ -134,7 +134,7 @@ def _load_triton() -> bool:
 
 
 def operator(name: str, backend: str) -> Operator:
-    """``shared_penalty`` (the statistics) or ``shared_assignment`` on a compiled backend ("cpu", "cuda" or "triton")."""
+    """``shared_penalty`` (the statistics) or ``shared_assignment`` on backend "cpu", "cuda" or "triton"."""
     if backend == "triton":
         _load_triton()
     return _LOADED[backend][name]

@@ -1,8 +1,8 @@
-"""Backward kernels of the shared-logits family: the gradient of a chunk of logits, and the products with it.
+"""Backward kernels of the shared-logits family: the gradient of a chunk of logits.
 
 The statistics' gradient is dz = P (g_lse - g_entropy (log P + H) + w (g_prob - c)) + g_excess [z > margin], where
-c_n = sum_k P_nk g_prob_k, and 0 where P = 0. That of the assignment is P (g - c) with c_n = sum_k P_nk g_nk, that of the
-clamped logits g [z > margin]. dz holds these times margin, in the type that the products with it take.
+c_n = sum_k P_nk g_prob_k, and 0 where P = 0. That of the assignment is P (g - c) with c_n = sum_k P_nk g_nk, that of
+the clamped logits g [z > margin]. dz holds these times margin, in the type that the products with it take.
 """
 
 import triton

@@ -63,10 +63,9 @@ def chunks_of(
     scratch = problem.new(longest, problem.features) if with_library and longest else None
     for begin, end in ranges:
         is_kept = end <= keep_rows
+        raw = scratch[: end - begin] if scratch is not None else None
         if is_kept and kept is not None:
             raw = kept[begin:end]
-        else:
-            raw = None if scratch is None else scratch[: end - begin]
         ready = is_kept and kept_ready
         if with_library and not ready:
             assert raw is not None

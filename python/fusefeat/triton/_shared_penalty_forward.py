@@ -97,7 +97,7 @@ def shared_column_sums(
     BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """sum_n row_weight_n P_n over the rows of one tile, to partial [row tile, feature]."""
-    row_tile, column_tile, rows, present, _, feature, has_feature, z = program_logits(
+    row_tile, _, rows, present, _, feature, has_feature, z = program_logits(
         context_ptr, c_row, c_inner, input_ptr, x_row, x_inner, weight_ptr, w_row, w_inner, bias_ptr, row_weight_ptr,
         raw_ptr, margin, context_rows, first_row, end_row, features, channels,
         HAS_BIAS, HAS_WEIGHT, FROM_RAW, STORE_RAW, ACC, OPERAND, GROUP, BLOCK_M, BLOCK_F, BLOCK_D,
@@ -105,9 +105,7 @@ def shared_column_sums(
     peak = tl.load(peak_ptr + (rows - first_row), mask=present, other=0.0)
     scale = tl.load(scale_ptr + (rows - first_row), mask=present, other=0.0)
     share = tl.exp(z - peak[:, None]) * scale[:, None]
-    tl.store(
-        partial_ptr + row_tile.to(tl.int64) * features + feature, tl.sum(share, axis=0), mask=has_feature
-    )
+    tl.store(partial_ptr + row_tile.to(tl.int64) * features + feature, tl.sum(share, axis=0), mask=has_feature)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -121,7 +119,7 @@ def shared_matrix(
     BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One tile of the assignment P (SOFTMAX) or of the clamped logits max(z, margin)."""
-    row_tile, column_tile, rows, present, _, feature, has_feature, z = program_logits(
+    _, _, rows, present, _, feature, has_feature, z = program_logits(
         context_ptr, c_row, c_inner, input_ptr, x_row, x_inner, weight_ptr, w_row, w_inner, bias_ptr, row_weight_ptr,
         raw_ptr, margin, context_rows, first_row, end_row, features, channels,
         HAS_BIAS, HAS_WEIGHT, FROM_RAW, STORE_RAW, ACC, OPERAND, GROUP, BLOCK_M, BLOCK_F, BLOCK_D,
@@ -144,7 +142,7 @@ def shared_sum(
 ):  # fmt: skip
     """Sums partial [count, width], whose rows are `step` apart, over its first axis in a fixed order; ADD to total."""
     KIND: tl.constexpr = total_ptr.dtype.element_ty
-    SUM: tl.constexpr = tl.int64 if KIND == tl.int64 else partial_ptr.dtype.element_ty
+    SUM: tl.constexpr = tl.int64 if KIND == tl.int64 else partial_ptr.dtype.element_ty  # noqa: SIM300
     column = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = column < width
     sums = tl.zeros([BLOCK_S, BLOCK_N], SUM)

@@ -111,7 +111,7 @@ class Problem:
             yield False, slice(border - self.context_rows, end - self.context_rows), slice(border - begin, end - begin)
 
     def multiply(self, begin: int, end: int, out: Tensor) -> None:
-        """row . weight^T of rows [begin, end). Autocast does not know the variants with `out`, and leaves them alone."""
+        """row . weight^T of rows [begin, end). Autocast leaves the variants with `out` alone."""
         for of_context, rows, local in self.parts(begin, end):
             torch.mm((self.context if of_context else self.input)[rows], self.weight.t(), out=out[local])
 
@@ -145,18 +145,27 @@ def make_problem(
     operands = [input if context is None else context, input, weight]
     rounded = OPERAND_DTYPES[operand]
     common = input.dtype if all(tensor.dtype == input.dtype for tensor in operands) else acc
-    multiplied = common if rounded is None else rounded
+    multiplied: torch.dtype | None = common if rounded is None else rounded
     if acc == torch.float64 or multiplied == torch.float32:
-        # No tensor cores for these types in a kernel that keeps their accuracy: the library is faster.
+        # No tensor core keeps the accuracy of these types (torch decides about TF32), and the library is fast.
         operands = [_dense((t if rounded is None else t.to(rounded)).to(acc)) for t in operands]
         multiplied = None
     else:
         operands = [tensor.to(common) for tensor in operands]
-    bias, row_weight = in_acc(bias, acc), in_acc(row_weight, acc)
-    kernel_margin = torch.full((1,), margin, dtype=acc, device=input.device) if acc == torch.float64 else margin
     return Problem(
-        *operands, bias, row_weight, kernel_margin, multiplied, acc, context_rows, rows, features, channels
-    )  # fmt: skip
+        context=operands[0],
+        input=operands[1],
+        weight=operands[2],
+        bias=in_acc(bias, acc),
+        row_weight=in_acc(row_weight, acc),
+        margin=torch.full((1,), margin, dtype=acc, device=input.device) if acc == torch.float64 else margin,
+        operand=multiplied,
+        acc=acc,
+        context_rows=context_rows,
+        rows=rows,
+        features=features,
+        channels=channels,
+    )
 
 
 def _dense(tensor: Tensor) -> Tensor:

@@ -36,7 +36,9 @@ class Statistics:
         """Scratch per row."""
         tile = self.problem.tile(self.problem.operand is None)
         kinds, features, acc = 3 * self.softmax + self.clamp, self.problem.features, self.problem.acc.itemsize
-        return kinds * acc * cdiv(features, tile.block_f) + (acc * self.columns + 4 * self.clamp) * features / tile.block_m
+        return (
+            kinds * acc * cdiv(features, tile.block_f) + (acc * self.columns + 4 * self.clamp) * features / tile.block_m
+        )
 
     def rows_of(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         """Statistics of the chunk's rows; returns peak and scale of shared_combine_rows."""
@@ -45,9 +47,7 @@ class Statistics:
         statistics = problem.new(3 * self.softmax + self.clamp, column_tiles, chunk.rows)
         fired = problem.new(row_tiles if self.clamp else 0, features, dtype=torch.int32)
         store_raw = chunk.raw is not None and not chunk.ready
-        chunk.run(
-            shared_row_statistics, statistics, fired, store_raw=store_raw, SOFTMAX=self.softmax, CLAMP=self.clamp
-        )
+        chunk.run(shared_row_statistics, statistics, fired, store_raw=store_raw, SOFTMAX=self.softmax, CLAMP=self.clamp)
         chunk.ready = chunk.ready or store_raw
         if self.clamp:
             sum_parts(statistics[-1], self.row_excess[chunk.begin : chunk.end])

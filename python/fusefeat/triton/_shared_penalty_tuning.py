@@ -35,7 +35,7 @@ FEW_LOGITS = Tile(64, 64, 64, 4, 3)
 WIDE_LOGITS = Tile(128, 128, 32, 8, 3)
 WIDE_FEW_LOGITS = Tile(64, 64, 32, 4, 3)
 # Tiles of logits that are there already.
-RAW = Tile(32, 128, 16, 4, 1)
+RAW = Tile(16, 128, 16, 4, 1)
 RAW_FLOAT64 = Tile(16, 128, 16, 4, 1)
 
 # Products with dz: with the weight (summed over block_f) and with the rows (summed over block_m).
@@ -48,7 +48,6 @@ TF32_GRAD_ROWS = Tile(128, 32, 128, 8, 3)
 TF32_FEW_GRAD_ROWS = Tile(64, 32, 64, 4, 3)
 TF32_GRAD_WEIGHT = Tile(32, 128, 128, 8, 3)
 TF32_FEW_GRAD_WEIGHT = Tile(32, 64, 64, 4, 3)
-
 
 
 def cdiv(a: int, b: int) -> int:
