@@ -92,19 +92,17 @@ def all_cases(full: bool) -> list[tuple[Any, ...]]:
 
 def shared_cases(full: bool) -> list[tuple[Any, ...]]:
     """(dtype, operand, rows, channels, features, extras, the architectures to compile for)."""
-    large, small, odd = (2048, 256, 1024), (64, 128, 96), (100, 37, 75)
+    large, small, odd, large_odd = (2048, 256, 1024), (64, 128, 96), (100, 37, 75), (2051, 250, 1030)
     if full:
         types = [*((dtype, 0) for dtype in DTYPES.values()), (torch.float32, 1), (torch.float32, 2)]
-        cases = itertools.product(types, (large, small, odd), (False, True))
+        cases = itertools.product(types, (large, small, odd, large_odd), (False, True))
         return [(*kind, *size, extras, ARCHS) for kind, size, extras in cases]
-    # Every configuration once, half types on all architectures: their products are compiled differently on each.
+    # Every configuration once; FUSEFEAT_FULL has the rest of types and architectures.
     return [
         (torch.bfloat16, 0, *large, True, (90,)),
         (torch.bfloat16, 0, *small, False, (100,)),
-        (torch.float16, 0, *large, False, (80,)),
-        (torch.float16, 0, *odd, False, (90,)),
-        (torch.float32, 1, *large, False, (100,)),
-        (torch.float32, 2, *small, False, (80,)),
+        (torch.bfloat16, 0, *odd, True, (90,)),
+        (torch.float32, 2, *large, False, (80,)),
         (torch.float32, 0, *odd, True, (90,)),
         (torch.float64, 0, *small, False, (80,)),
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import fusefeat
@@ -86,6 +87,21 @@ def test_many_chunks(dtype: torch.dtype) -> None:
     inputs.row_weight = None
     shared_cases.compare_matrix(fusefeat.shared_assignment, inputs, "triton")
     shared_cases.compare_matrix(fusefeat.clamped_activation, inputs, "triton")
+
+
+@pytest.mark.parametrize("block", [16, 128])
+def test_chunks_cover_all_rows_within_their_bound(block: int) -> None:
+    for rows, row_bytes, kept, cut in itertools.product(
+        (0, 1, 1000, 10**6), (1, 2**18, 2**27), (0, 2**25), (0, 1, 700)
+    ):
+        if cut > rows:
+            continue
+        ranges = tuning.chunks(rows, row_bytes, kept, block, cut)
+        assert [row for begin, end in ranges[:50] for row in (begin, end)][1:-1:2] == [b for b, _ in ranges[1:50]]
+        assert not rows or (ranges[0][0] == 0 and ranges[-1][1] == rows)
+        assert not any(begin < cut < end for begin, end in ranges)
+        longest = max((end - begin for begin, end in ranges), default=0)
+        assert longest <= 1 or longest * row_bytes + kept <= 2**26
 
 
 def statistics_and_gradients(

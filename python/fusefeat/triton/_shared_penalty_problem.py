@@ -64,8 +64,17 @@ class Problem:
     def dz_type(self) -> torch.dtype:
         return torch.bfloat16 if self.operand == torch.bfloat16 else self.acc
 
+    @property
+    def aligned(self) -> bool:
+        """Whether 16 bytes of the operands and of dz can be loaded at once."""
+        operands = (self.context, self.input, self.weight)
+        sizes = (self.features, self.channels, *(tensor.stride(0) for tensor in operands))
+        return all(size % 16 == 0 for size in sizes) and all(tensor.stride(1) == 1 for tensor in operands)
+
     def tile(self, from_raw: bool) -> Tile:
-        return tuning.logits_tile(self.rows, self.features, self.input.dtype, self.acc, from_raw)
+        if from_raw:
+            return tuning.raw_tile(self.rows, self.features, self.acc)
+        return tuning.logits_tile(self.rows, self.features, self.input.dtype.itemsize > 2, self.aligned)
 
     def row_tiles(self, begin: int, end: int, block: int) -> int:
         border = min(max(self.context_rows, begin), end)

@@ -90,7 +90,8 @@ class Gradients:
 
     def _rows(self, begin: int, end: int, dz: Tensor) -> None:
         problem, span = self.problem, end - begin
-        tile = tuning.grad_rows_tile(problem.rows, problem.channels, problem.features, problem.tf32)
+        short = problem.tf32 or problem.input.dtype.itemsize > 2
+        tile = tuning.grad_rows_tile(problem.rows, problem.channels, problem.features, short, problem.aligned)
         programs = problem.row_tiles(begin, end, tile.block_m) * cdiv(problem.channels, tile.block_d)
         splits = tuning.splits(programs, problem.features, span * problem.channels * 4)
         length = cdiv(cdiv(problem.features, splits), tile.block_f) * tile.block_f
@@ -111,7 +112,8 @@ class Gradients:
 
     def _weight(self, begin: int, end: int, dz: Tensor) -> None:
         problem = self.problem
-        tile = tuning.grad_weight_tile(problem.rows, problem.channels, problem.features, problem.tf32)
+        short = problem.tf32 or problem.input.dtype.itemsize > 2
+        tile = tuning.grad_weight_tile(problem.rows, problem.channels, problem.features, short, problem.aligned)
         row_tiles = problem.row_tiles(begin, end, tile.block_m)
         programs = cdiv(problem.features, tile.block_f) * cdiv(problem.channels, tile.block_d)
         if not programs:

@@ -31,9 +31,10 @@ class Tile(NamedTuple):
 # Tiles of logits from products that the kernel computes itself, where they make enough programs, and where not.
 LOGITS = Tile(128, 128, 64, 8, 3)
 FEW_LOGITS = Tile(64, 64, 64, 4, 3)
-# The same with operands that lie in memory as float32.
-WIDE_LOGITS = Tile(128, 128, 32, 8, 3)
-WIDE_FEW_LOGITS = Tile(64, 64, 32, 4, 3)
+# The same for operands that lie in memory as float32. The small one also serves operands that cannot be loaded 16
+# bytes at a time: every element then costs registers for an address of its own.
+SHORT_LOGITS = Tile(128, 128, 32, 8, 3)
+SHORT_FEW_LOGITS = Tile(64, 64, 32, 4, 3)
 # Tiles of logits that are there already.
 RAW = Tile(16, 128, 16, 4, 1)
 RAW_FLOAT64 = Tile(16, 128, 16, 4, 1)
@@ -43,11 +44,11 @@ GRAD_ROWS = Tile(128, 64, 128, 8, 3)
 FEW_GRAD_ROWS = Tile(64, 64, 64, 4, 3)
 GRAD_WEIGHT = Tile(64, 128, 128, 8, 3)
 FEW_GRAD_WEIGHT = Tile(64, 64, 64, 4, 3)
-# The same with dz in float32.
-TF32_GRAD_ROWS = Tile(128, 32, 128, 8, 3)
-TF32_FEW_GRAD_ROWS = Tile(64, 32, 64, 4, 3)
-TF32_GRAD_WEIGHT = Tile(32, 128, 128, 8, 3)
-TF32_FEW_GRAD_WEIGHT = Tile(32, 64, 64, 4, 3)
+# Likewise, for dz in float32 too.
+SHORT_GRAD_ROWS = Tile(128, 32, 128, 8, 3)
+SHORT_FEW_GRAD_ROWS = Tile(64, 32, 64, 4, 3)
+SHORT_GRAD_WEIGHT = Tile(32, 128, 128, 8, 3)
+SHORT_FEW_GRAD_WEIGHT = Tile(32, 64, 64, 4, 3)
 
 
 def cdiv(a: int, b: int) -> int:
@@ -63,29 +64,40 @@ def _choose(programs: int, tile: Tile, few: Tile) -> Tile:
     return tile if programs >= PROGRAMS // 2 else few
 
 
-def logits_tile(rows: int, features: int, stored: torch.dtype, acc: torch.dtype, from_raw: bool) -> Tile:
-    """For rows x features of logits, whose operands (or products, from_raw) lie in memory as `stored`."""
+def raw_tile(rows: int, features: int, acc: torch.dtype) -> Tile:
+    """For logits whose products lie in memory."""
     if INTERPRETED:
         return _interpreted(rows, features)
-    if from_raw:
-        return RAW_FLOAT64 if acc == torch.float64 else RAW
-    tile, few = (WIDE_LOGITS, WIDE_FEW_LOGITS) if stored.itemsize > 2 else (LOGITS, FEW_LOGITS)
+    return RAW_FLOAT64 if acc == torch.float64 else RAW
+
+
+def logits_tile(rows: int, features: int, short: bool, aligned: bool) -> Tile:
+    """For logits whose products are computed on the way."""
+    if INTERPRETED:
+        return _interpreted(rows, features)
+    if not aligned:
+        return SHORT_FEW_LOGITS
+    tile, few = (SHORT_LOGITS, SHORT_FEW_LOGITS) if short else (LOGITS, FEW_LOGITS)
     return _choose(cdiv(rows, tile.block_m) * cdiv(features, tile.block_f), tile, few)
 
 
-def grad_rows_tile(rows: int, channels: int, features: int, tf32: bool) -> Tile:
+def grad_rows_tile(rows: int, channels: int, features: int, short: bool, aligned: bool) -> Tile:
     if INTERPRETED:
         return _interpreted(rows, features)
-    tile, few = (TF32_GRAD_ROWS, TF32_FEW_GRAD_ROWS) if tf32 else (GRAD_ROWS, FEW_GRAD_ROWS)
+    if not aligned:
+        return SHORT_FEW_GRAD_ROWS
+    tile, few = (SHORT_GRAD_ROWS, SHORT_FEW_GRAD_ROWS) if short else (GRAD_ROWS, FEW_GRAD_ROWS)
     programs = cdiv(rows, tile.block_m) * cdiv(channels, tile.block_d)
     # Where features abound, splits make up for few tiles.
     return _choose(programs * cdiv(features, LEAST_PART), tile, few)
 
 
-def grad_weight_tile(rows: int, channels: int, features: int, tf32: bool) -> Tile:
+def grad_weight_tile(rows: int, channels: int, features: int, short: bool, aligned: bool) -> Tile:
     if INTERPRETED:
         return _interpreted(rows, features)
-    tile, few = (TF32_GRAD_WEIGHT, TF32_FEW_GRAD_WEIGHT) if tf32 else (GRAD_WEIGHT, FEW_GRAD_WEIGHT)
+    if not aligned:
+        return SHORT_FEW_GRAD_WEIGHT
+    tile, few = (SHORT_GRAD_WEIGHT, SHORT_FEW_GRAD_WEIGHT) if short else (GRAD_WEIGHT, FEW_GRAD_WEIGHT)
     programs = cdiv(features, tile.block_f) * cdiv(channels, tile.block_d)
     return _choose(programs * cdiv(rows, LEAST_PART), tile, few)
 
