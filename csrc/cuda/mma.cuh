@@ -53,10 +53,11 @@ __device__ __forceinline__ void multiply_add(float (&sums)[4], const float (&a)[
   asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-      : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])),
-        "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));
+      : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])), "r"(__float_as_uint(a[3])),
+        "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));
 #else
-  cuda_on_cpu::multiply_add(sums, a, b, [](float word, int i) { return i == 0 ? cuda_on_cpu::truncate_tf32(word) : 0.0f; });
+  cuda_on_cpu::multiply_add(
+      sums, a, b, [](float word, int i) { return i == 0 ? cuda_on_cpu::truncate_tf32(word) : 0.0f; });
 #endif
 }
 

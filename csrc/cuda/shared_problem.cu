@@ -1,9 +1,13 @@
 // The inputs of a shared-logits operator as its kernels see them.
+#include "shared_columns.cuh"
 #include "shared_problem.h"
 
-#include "shared_columns.cuh"
-
 namespace fusefeat::cuda {
+
+// Logits in scratch at one time; tests set less.
+#ifndef FUSEFEAT_CHUNK_BYTES
+#define FUSEFEAT_CHUNK_BYTES (32 << 20)
+#endif
 
 namespace {
 
@@ -86,7 +90,7 @@ LogitsArgs SharedProblem::logits(const Chunk& chunk, void* z, int64_t stride) co
 }
 
 Chunk SharedProblem::chunk(int64_t begin, int64_t border) const {
-  constexpr int64_t bytes = 32 << 20, most = 1 << 16, tile = 128;
+  constexpr int64_t bytes = FUSEFEAT_CHUNK_BYTES, most = 1 << 16, tile = 128;
   int64_t rows = std::clamp<int64_t>(bytes / (stride() * acc_bytes()), 1, most);
   if (rows >= tile) rows = rows / tile * tile;
   const int64_t end = begin < border ? border : sizes.rows();

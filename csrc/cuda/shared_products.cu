@@ -62,8 +62,15 @@ void launch_logits(Products products, const LogitsArgs& from, cudaStream_t strea
     args.depth = from.weight.cols;
     args.parts.depth = args.depth;
     const bool packs = from.z != nullptr && reinterpret_cast<uintptr_t>(from.z) % 16 == 0 && from.stride % 4 == 0;
-    args.out = {static_cast<const A*>(from.bias), static_cast<A>(from.margin), static_cast<A*>(from.z), from.stride,
-                args.columns, packs, from.matrix, from.matrix_type};
+    args.out = {
+        static_cast<const A*>(from.bias),
+        static_cast<A>(from.margin),
+        static_cast<A*>(from.z),
+        from.stride,
+        args.columns,
+        packs,
+        from.matrix,
+        from.matrix_type};
     return args;
   };
   launch_by_type<PairWords<Half>, LogitsOutput>(products, make, stream);
@@ -78,8 +85,8 @@ void launch_row_gradient(Products products, const RowGradientArgs& from, cudaStr
     args.columns = from.weight.cols;
     args.depth = from.weight.rows;
     args.parts = from.parts;
-    args.out = {from.context, from.input, from.context_type, from.input_type, from.context_rows, from.first,
-                args.columns, from.row_weight};
+    args.out = {from.context,      from.input, from.context_type, from.input_type,
+                from.context_rows, from.first, args.columns,      from.row_weight};
     return args;
   };
   launch_by_type<Tf32Words, RowGradientOutput>(products, make, stream);

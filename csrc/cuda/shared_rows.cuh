@@ -10,7 +10,7 @@ constexpr int kRowThreads = 256;
 
 // How the rows of a chunk are shared out.
 struct RowPlan {
-  int lanes = kWarp;         // threads per row: a warp, or the block
+  int lanes = kWarp;  // threads per row: a warp, or the block
   int64_t segments = 1, length = 0;
 
   int64_t rows_per_block() const { return kRowThreads / lanes; }
@@ -57,7 +57,7 @@ struct RowStatisticsArgs {
   const A* z;
   int64_t stride;
   A margin;
-  bool softmax, clamp;  // what is wanted
+  bool softmax, clamp;             // what is wanted
   SegmentStatistics<A>* segments;  // [rows][segments]
   // Of all rows, acc; null where not wanted.
   const A* row_weight;
