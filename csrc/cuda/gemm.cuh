@@ -124,7 +124,7 @@ class Sums<C, true> {
 };
 
 template <class C, bool kFast, class Output>
-__global__ void __launch_bounds__(kGemmThreads, 2) multiply(const GemmArgs<Output> args) {
+__global__ void __launch_bounds__(kGemmThreads, kFast ? 2 : 1) multiply(const GemmArgs<Output> args) {
   using A = typename C::Acc;
   constexpr int kBuffer = C::kSteps * kTileStride<C>, kDepth = C::kSteps * C::kPerWord;
   SHARED_ARRAY(typename C::Word, tiles, 4 * kBuffer);  // two of a, two of b

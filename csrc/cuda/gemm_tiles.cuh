@@ -16,7 +16,7 @@ struct SimtWords {
   using Element = T;
   using Word = T;
   static constexpr bool kTensor = false;
-  static constexpr int kPerWord = 1, kTile = sizeof(T) == 8 ? 64 : 128, kSteps = sizeof(T) == 8 ? 8 : 16;
+  static constexpr int kPerWord = 1, kTile = sizeof(T) == 8 ? 64 : 128, kSteps = 8;
   static __device__ __forceinline__ Word encode(const Acc* values) { return values[0]; }
 };
 

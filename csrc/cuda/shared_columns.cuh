@@ -91,8 +91,9 @@ __global__ void __launch_bounds__(kColumnThreads) column_statistics(const Column
 }
 
 // Adds the ranges' counts to those of earlier chunks.
-inline __global__ void __launch_bounds__(kColumnThreads)
-    add_fired(const int32_t* counts, int64_t ranges, int64_t features, int64_t* fired) {
+template <typename Count>
+__global__ void __launch_bounds__(kColumnThreads)
+    add_fired(const Count* counts, int64_t ranges, int64_t features, int64_t* fired) {
   const int64_t feature = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (feature >= features) return;
   int64_t count = 0;
@@ -115,7 +116,7 @@ template <typename A>
 __global__ void __launch_bounds__(kColumnThreads) write_assignment(const AssignmentArgs<A> args) {
   const ColumnRange at(args.plan, args.chunk);
   if (at.feature >= args.chunk.features) return;
-#pragma unroll 4
+#pragma unroll 2
   for (int64_t row = at.begin + threadIdx.x / kWarp; row < at.end; row += kColumnGroups) {
     const A p = exp_of(args.z[row * args.stride + at.feature] - args.peak[row]) * args.factor[row];
     store_any(args.matrix, args.type, (args.chunk.begin + row) * args.chunk.features + at.feature, p);
@@ -179,14 +180,6 @@ __global__ void __launch_bounds__(kColumnThreads) logit_gradient(const LogitGrad
   if (args.column_sums == nullptr) return;
   sum = sum_of_column(sum, shared);
   if (inside && threadIdx.x < kWarp) args.column_sums[at.range * args.chunk.features + at.feature] = sum;
-}
-
-// Numbers of any type and stride to acc, next to each other.
-template <typename A>
-__global__ void __launch_bounds__(kColumnThreads)
-    gather_values(const void* from, Scalar type, int64_t stride, int64_t count, A* to) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i < count) to[i] = load_any<A>(from, type, i * stride);
 }
 
 }  // namespace fusefeat::cuda

@@ -67,4 +67,14 @@ __device__ __forceinline__ A bounded_below(A x) {
   return x < A(-1e30) ? A(-1e30) : x;
 }
 
+constexpr int kVectorThreads = 256;
+
+// Numbers of any type and stride to acc, next to each other.
+template <typename A>
+__global__ void __launch_bounds__(kVectorThreads)
+    gather_values(const void* from, Scalar type, int64_t stride, int64_t count, A* to) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i < count) to[i] = load_any<A>(from, type, i * stride);
+}
+
 }  // namespace fusefeat::cuda

@@ -103,8 +103,8 @@ class Forward {
     }
     if (counts_wanted) {
       LAUNCH(
-          (add_fired), blocks, kColumnThreads, 0, problem_.stream(), args.fired, args.plan.ranges, features,
-          data_of<int64_t>(wishes_.fired));
+          (add_fired<int32_t>), blocks, kColumnThreads, 0, problem_.stream(), static_cast<const int32_t*>(args.fired),
+          args.plan.ranges, features, data_of<int64_t>(wishes_.fired));
     }
   }
 

@@ -1,5 +1,5 @@
 // The inputs of a shared-logits operator as its kernels see them.
-#include "shared_columns.cuh"
+#include "shared_elements.cuh"
 #include "shared_problem.h"
 
 namespace fusefeat::cuda {
@@ -106,7 +106,7 @@ OptionalTensor SharedProblem::values(const OptionalTensor& tensor) const {
   with_acc(*this, [&](auto zero) {
     using A = decltype(zero);
     LAUNCH(
-        (gather_values<A>), blocks_for(count, kColumnThreads), kColumnThreads, 0, stream(), tensor->const_data_ptr(),
+        (gather_values<A>), blocks_for(count, kVectorThreads), kVectorThreads, 0, stream(), tensor->const_data_ptr(),
         scalar_of(tensor->scalar_type()), tensor->stride(0), count, static_cast<A*>(to.mutable_data_ptr()));
   });
   return to;

@@ -37,7 +37,7 @@ def _reference_unavailable() -> str | None:
 
 
 # Families that a backend has no kernels for.
-_WITHOUT = {"cuda": ("shared_penalty", "clamped_reg"), "triton": ("shared_penalty", "clamped_reg")}
+_WITHOUT = {"triton": ("shared_penalty", "clamped_reg")}
 
 _FAMILY_OF = {
     "attention_pool": "attention_pool",

@@ -62,12 +62,12 @@ def run_shared(ops, rows, weight, split, operand=0) -> None:
 
 def check_shared(ops) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        for count, channels, features in ((3, 8, 5), (133, 40, 130), (20, 7, 129), (131, 72, 1), (2, 16, 4100)):
-            rows, weight = exact(count, channels, dtype=dtype), exact(features, channels, dtype=dtype)
-            run_shared(ops, rows, weight, count // 3)
-            run_shared(ops, exact(channels, count, dtype=dtype).t(), weight, count // 3)
-    run_shared(ops, exact(50, 24, dtype=torch.float32), exact(140, 24, dtype=torch.float32), 20, operand=1)
-    run_shared(ops, exact(50, 24, dtype=torch.float32), exact(140, 24, dtype=torch.float32), 20, operand=2)
+        for count, channels, features in ((3, 8, 5), (131, 24, 130), (20, 7, 129), (2, 16, 1100)):
+            weight = exact(features, channels, dtype=dtype)
+            run_shared(ops, exact(count, channels, dtype=dtype), weight, count // 3)
+        run_shared(ops, exact(channels, count, dtype=dtype).t(), weight, count // 3)
+    for operand in (1, 2):
+        run_shared(ops, exact(50, 24, dtype=torch.float32), exact(140, 24, dtype=torch.float32), 20, operand)
 
 
 def plant(library: str, fault: int) -> None:
