@@ -34,6 +34,10 @@ class Inputs:
         change = {name: leaf.detach().to(dtype) for name, leaf in self.leaves().items()}
         return Inputs(**{**self.__dict__, **change})
 
+    def on(self, device: str) -> Inputs:
+        moved = {name: leaf.detach().to(device) for name, leaf in self.leaves().items()}
+        return Inputs(**{**self.__dict__, **moved})
+
 
 Maker = Callable[[torch.dtype], Inputs]
 CASES: dict[str, Maker] = {}
@@ -214,7 +218,7 @@ def run(outputs: Callable[..., Result], function: Any, inputs: Inputs, backend: 
     result = outputs(function, inputs, leaves, backend)
     generator = torch.Generator().manual_seed(1)
     diff = [tensor for tensor in result.values() if tensor.requires_grad]
-    grads = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(narrow) for t in diff]
+    grads = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device, narrow) for t in diff]
     grads = [inputs.grads(g).to(t.dtype) for g, t in zip(grads, diff, strict=True)]
     found = torch.autograd.grad(diff, list(leaves.values()), grads, allow_unused=True)
     for name, grad in zip(leaves, found, strict=True):
