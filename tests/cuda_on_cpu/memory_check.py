@@ -62,7 +62,7 @@ def run_shared(ops, rows, weight, split, operand=0) -> None:
 
 def check_shared(ops) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        for count, channels, features in ((3, 8, 5), (131, 24, 130), (20, 7, 129), (2, 16, 1100)):
+        for count, channels, features in ((131, 24, 130), (20, 7, 129), (2, 16, 1100)):
             weight = exact(features, channels, dtype=dtype)
             run_shared(ops, exact(count, channels, dtype=dtype), weight, count // 3)
         run_shared(ops, exact(channels, count, dtype=dtype).t(), weight, count // 3)
