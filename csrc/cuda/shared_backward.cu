@@ -7,6 +7,7 @@
 namespace fusefeat::cuda {
 namespace {
 
+// Partial sums of a product; half of it where logits are kept.
 constexpr int64_t kPartBytes = 16 << 20;
 
 // A gradient that is summed over chunks: in place when it is in acc, else in scratch when there are several.
@@ -43,9 +44,9 @@ class Backward {
         several_(problem.chunk(0, wishes.kept_rows).rows < problem.sizes.rows()),
         weight_sum_(problem, wishes.grad_weight, several_),
         bias_sum_(problem, wishes.grad_bias, several_) {
-    const Chunk chunk = problem.chunk(0, 0);
-    dz_ = problem.scratch(chunk.rows * problem.stride());
-    terms_ = problem.scratch_bytes(chunk.rows * static_cast<int64_t>(sizeof(RowTerms<A>)));
+    const int64_t rows = problem.chunk_rows(wishes.kept_rows);
+    dz_ = problem.scratch(rows * problem.stride());
+    terms_ = problem.scratch_bytes(rows * static_cast<int64_t>(sizeof(RowTerms<A>)));
   }
 
   void run(const Chunk& chunk) {
@@ -151,6 +152,8 @@ class Backward {
         problem_.stream(), parts, chunk.features, int64_t(1), out);
   }
 
+  int64_t part_bytes() const { return wishes_.kept_rows > 0 ? kPartBytes / 2 : kPartBytes; }
+
   Tensor part_sums(Parts& parts, int64_t elements) const {
     Tensor sums = problem_.scratch(parts.count == 1 ? 0 : parts.count * elements);
     parts.sums = sums.mutable_data_ptr();
@@ -173,7 +176,7 @@ class Backward {
     args.first = chunk.begin;
     args.row_weight = problem_.row_weight();
     const int64_t channels = problem_.sizes.channels;
-    args.parts = plan_parts(problem_.products, chunk.rows, channels, chunk.features, kPartBytes);
+    args.parts = plan_parts(problem_.products, chunk.rows, channels, chunk.features, part_bytes());
     const Tensor sums = part_sums(args.parts, chunk.rows * channels);
     launch_row_gradient(problem_.products, args, problem_.stream());
   }
@@ -184,7 +187,7 @@ class Backward {
     args.rows = problem_.rows(chunk.begin, chunk.rows);
     args.out = weight_sum_.at(first(chunk), last(chunk));
     const int64_t channels = problem_.sizes.channels;
-    args.parts = plan_parts(problem_.products, chunk.features, channels, chunk.rows, kPartBytes);
+    args.parts = plan_parts(problem_.products, chunk.features, channels, chunk.rows, part_bytes());
     const Tensor sums = part_sums(args.parts, chunk.features * channels);
     launch_weight_gradient(problem_.products, args, problem_.stream());
   }

@@ -16,9 +16,9 @@ class Forward {
  public:
   Forward(const SharedProblem& problem, const ForwardWishes& wishes)
       : problem_(problem), wishes_(wishes), softmax_(wishes.prob_sum != nullptr || wishes.assignment != nullptr) {
-    const Chunk chunk = problem.chunk(0, 0);
-    z_ = problem.scratch(chunk.rows * problem.stride());
-    if (softmax_) factors_ = problem.scratch(3 * chunk.rows);
+    const int64_t rows = problem.chunk_rows(wishes.kept_rows);
+    z_ = problem.scratch(wishes.kept_rows < problem.sizes.rows() ? rows * problem.stride() : 0);
+    if (softmax_) factors_ = problem.scratch(3 * rows);
   }
 
   void run(const Chunk& chunk) {

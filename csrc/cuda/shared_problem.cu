@@ -89,12 +89,16 @@ LogitsArgs SharedProblem::logits(const Chunk& chunk, void* z, int64_t stride) co
   return args;
 }
 
-Chunk SharedProblem::chunk(int64_t begin, int64_t border) const {
-  constexpr int64_t bytes = FUSEFEAT_CHUNK_BYTES, most = 1 << 16, tile = 128;
-  int64_t rows = std::clamp<int64_t>(bytes / (stride() * acc_bytes()), 1, most);
-  if (rows >= tile) rows = rows / tile * tile;
-  const int64_t end = begin < border ? border : sizes.rows();
-  return {begin, std::min(rows, end - begin), sizes.features};
+int64_t SharedProblem::chunk_rows(int64_t kept_rows) const {
+  constexpr int64_t most = 1 << 16, tile = 128;
+  const int64_t bytes = kept_rows > 0 ? FUSEFEAT_CHUNK_BYTES / 2 : FUSEFEAT_CHUNK_BYTES;
+  const int64_t rows = std::clamp<int64_t>(bytes / (stride() * acc_bytes()), 1, most);
+  return std::min(rows >= tile ? rows / tile * tile : rows, sizes.rows());
+}
+
+Chunk SharedProblem::chunk(int64_t begin, int64_t kept_rows) const {
+  const int64_t end = begin < kept_rows ? kept_rows : sizes.rows();
+  return {begin, std::min(chunk_rows(kept_rows), end - begin), sizes.features};
 }
 
 OptionalTensor SharedProblem::values(const OptionalTensor& tensor) const {

@@ -43,8 +43,10 @@ class SharedProblem {
 
   // Elements between rows of logits in scratch: whole vectors, whatever reads them.
   int64_t stride() const { return (sizes.features + 7) / 8 * 8; }
-  // The rows from `begin` on whose logits are in scratch at one time, not past `border` when that lies ahead.
-  Chunk chunk(int64_t begin, int64_t border) const;
+  // How many rows' logits are in scratch at one time: fewer where others are kept, within the same bound.
+  int64_t chunk_rows(int64_t kept_rows) const;
+  // The rows from `begin` on that are taken at one time; all of them or none are kept, which the first rows are.
+  Chunk chunk(int64_t begin, int64_t kept_rows) const;
 
   // A vector as acc, its elements next to each other.
   OptionalTensor values(const OptionalTensor& tensor) const;

@@ -53,6 +53,7 @@ Parts plan_parts(Products products, int64_t rows, int64_t columns, int64_t depth
 }
 
 void launch_logits(Products products, const LogitsArgs& from, cudaStream_t stream) {
+  const bool packs = from.z != nullptr && reinterpret_cast<uintptr_t>(from.z) % 16 == 0 && from.stride % 4 == 0;
   const auto make = [&]<typename A>(LogitsOutput<A>) {
     GemmArgs<LogitsOutput<A>> args;
     args.a = from.rows;
@@ -61,7 +62,6 @@ void launch_logits(Products products, const LogitsArgs& from, cudaStream_t strea
     args.columns = from.weight.rows;
     args.depth = from.weight.cols;
     args.parts.depth = args.depth;
-    const bool packs = from.z != nullptr && reinterpret_cast<uintptr_t>(from.z) % 16 == 0 && from.stride % 4 == 0;
     args.out = {
         static_cast<const A*>(from.bias),
         static_cast<A>(from.margin),
