@@ -23,7 +23,7 @@ each_case = pytest.mark.parametrize("name", shared_cases.CASES)
 
 @pytest.fixture(params=["triton", "cuda"])
 def backend(request: pytest.FixtureRequest) -> str:
-    reasons = backends.BACKENDS[request.param].why_not(torch.empty(0, device="cuda"), "shared_penalty")
+    reasons = backends.BACKENDS[request.param].why_not(torch.empty(0, device="cuda"))
     if reasons:
         pytest.skip(", ".join(reasons))
     return request.param

@@ -23,6 +23,7 @@ FLAGS = [
     "-fno-strict-aliasing",
     "-U_FORTIFY_SOURCE",  # its longjmp refuses to switch stacks
     "-DTORCH_TARGET_VERSION=0x020b000000000000",
+    "-DFUSEFEAT_CHUNK_BYTES=131072",
     f"-Dfusefeat={NAMESPACE}",  # operators of a namespace of their own, for CPU tensors
     f"-isystem{TORCH / 'include'}",
     f"-I{HERE}",
