@@ -13,12 +13,23 @@ from .functional import (
     shared_penalty,
     softmax_pool,
 )
-from .nn import Attention, AttentionPool
+from .nn import (
+    Attention,
+    AttentionPool,
+    AutoFeatureExtractor,
+    AutoLearningLayer,
+    ShareableLoss,
+    ShareableReg,
+)
 
 __all__ = [
     "Attention",
     "AttentionPool",
+    "AutoFeatureExtractor",
+    "AutoLearningLayer",
     "ClampStats",
+    "ShareableLoss",
+    "ShareableReg",
     "SharedStats",
     "__version__",
     "attention_pool",

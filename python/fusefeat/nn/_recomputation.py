@@ -1,0 +1,115 @@
+"""Forwards that must not be taken for new ones: recomputations, and functions that have to be pure."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Forwards without a graph whose weights are kept: reentrant checkpointing recomputes such ones later, and nothing
+# tells them from any other forward under no_grad.
+KEPT_WITHOUT_GRAPH = 4
+
+
+def in_backward() -> bool:
+    """Whether this thread runs a backward: a forward is then a recomputation, as under checkpointing."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def must_be_pure() -> bool:
+    """Whether a torch.func transform is running: what it transforms must be free of side effects."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def inference() -> bool:
+    """Whether inference mode is on, whose tensors no later graph can use; compiled code cannot tell."""
+    return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+
+
+@torch.library.custom_op("fusefeat::copy_before_step", mutates_args=(), schema="(Tensor parameter) -> Tensor")
+def copy_before_step(parameter: Tensor) -> Tensor:
+    """A copy, made by compiled code, which cannot ask at run time what it is part of, except here."""
+    if in_backward():
+        raise RuntimeError(
+            "AutoLearningLayer: a compiled layer cannot be recomputed in the backward; leave the checkpointed part "
+            "of the model uncompiled"
+        )
+    return parameter.clone()
+
+
+@copy_before_step.register_fake
+def _(parameter: Tensor) -> Tensor:
+    return torch.empty_like(parameter)
+
+
+copy_before_step.register_autograd(lambda ctx, grad: grad)
+
+
+class Kept:
+    """The parameters one forward used, and the first output it gave per row, by which it is told from others."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors = tensors
+        self.mark: Tensor | None = None
+        self.recomputed_in = -1  # the backward (graph task) that recomputed it last
+
+
+class StandIn(torch.autograd.Function):
+    """An earlier value of a parameter; its gradient goes to the parameter. The node keeps ``kept`` alive."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, value: Tensor, kept: Kept) -> Tensor:
+        ctx.kept = kept
+        return value.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad, None, None
+
+
+class Record:
+    """The forwards that may yet be recomputed. Those with a graph are kept as long as it lives, the others up to
+    ``KEPT_WITHOUT_GRAPH`` of them. A copy of a record, pickled or deep, is an empty one."""
+
+    def __init__(self) -> None:
+        self._with_graph: list[weakref.ref[Kept]] = []
+        self._without: list[Kept] = []
+
+    def __reduce__(self) -> Any:
+        return Record, ()
+
+    def add(self, kept: Kept, has_graph: bool) -> None:
+        self._with_graph = [ref for ref in self._with_graph if ref() is not None]
+        self._without = [other for other in self._without if other.recomputed_in == -1]
+        if has_graph:
+            self._with_graph.append(weakref.ref(kept))
+        else:
+            self._without = [*self._without[1 - KEPT_WITHOUT_GRAPH :], kept]
+
+    def find(self, outputs_of: Any) -> Kept | None:
+        """The forward that is being recomputed; ``outputs_of(kept)`` are its first outputs, recomputed.
+
+        A backward recomputes the latest forwards first, hence the order where several gave the same.
+        """
+        task = torch._C._current_graph_task_id()
+        alive = [kept for ref in self._with_graph if (kept := ref()) is not None]
+        candidates = [kept for kept in [*alive[::-1], *self._without[::-1]] if kept.recomputed_in != task]
+        if not candidates:
+            return None
+        chosen = candidates[0]
+        if len(candidates) > 1:
+            distances = [_distance(kept.mark, outputs_of(kept)) for kept in candidates]
+            chosen = candidates[distances.index(min(distances))]
+        chosen.recomputed_in = task
+        return chosen
+
+
+def _distance(one: Tensor | None, other: Tensor) -> float:
+    if one is None or one.shape != other.shape:
+        return float("inf")
+    if one.numel() == 0:
+        return 0.0
+    distance = float((one - other).abs().max())
+    return distance if distance == distance else torch.finfo(torch.float32).max
