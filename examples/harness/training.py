@@ -29,6 +29,7 @@ def fit(
     evaluate: Callable[[], Metrics],
     *,
     score: str,
+    lower_is_better: bool = False,
 ) -> Metrics:
     """Train for ``run.args.epochs`` epochs and leave the best epoch's weights in the model.
 
@@ -39,7 +40,7 @@ def fit(
     Args:
         train_epoch: trains for the epoch of the given number.
         evaluate: measures the model on held-out data, for choosing the best epoch.
-        score: the metric to choose by; higher is better.
+        score: the metric to choose by; the higher the better, unless ``lower_is_better``.
 
     Returns:
         The best epoch's metrics, and its number as "epoch".
@@ -62,7 +63,7 @@ def fit(
         with torch.no_grad():
             row.update(evaluate())
         rows.append(row)
-        improved = best is None or row[score] > best[score]
+        improved = best is None or (row[score] < best[score] if lower_is_better else row[score] > best[score])
         best = row if improved or best is None else best
         save(run, model, optimizer, rows, best, improved)
         write_csv(run.out / "curves.csv", rows)
