@@ -122,7 +122,7 @@ def main() -> None:
         "Classify a folder of images with a CNN and the shared objective.",
         epochs=8,
         batch_size=32,
-        lr=0.01,
+        lr=0.02,
     )
     arguments.add_argument(
         "--data", type=Path, help="folder with train/CLASS and test/CLASS; default: write the digits"

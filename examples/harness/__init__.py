@@ -1,7 +1,7 @@
 """What every example shares: arguments, seed, device, progress, checkpoints, curves, comparisons, data, timing."""
 
 from .classify import fit_classifier, loader, score_classifier
-from .comparison import compare
+from .comparison import compare, read_curves
 from .data import digit_splits, few_per_class, upscaled
 from .run import Run, parser
 from .timing import Timing, bounded_compile, interleaved, table
@@ -20,6 +20,7 @@ __all__ = [
     "interleaved",
     "loader",
     "parser",
+    "read_curves",
     "score_classifier",
     "table",
     "upscaled",
