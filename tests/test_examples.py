@@ -87,6 +87,7 @@ def test_only_full_runs_must_reach_their_goal(harness: Any, tmp_path: Path) -> N
 
 def test_resume_refuses_other_settings(harness: Any, tmp_path: Path) -> None:
     arguments = harness.parser("name", "", epochs=1, batch_size=1, lr=0.1)
+    arguments.add_argument("--data", type=Path, default=tmp_path)
 
     def train(*others: str) -> None:
         run = harness.Run(arguments.parse_args(["--out", str(tmp_path), *others]))
@@ -97,6 +98,8 @@ def test_resume_refuses_other_settings(harness: Any, tmp_path: Path) -> None:
     train("--resume", "--epochs", "2")
     with pytest.raises(SystemExit, match=r"checkpoint\.pt was made with seed=0, not 1"):
         train("--resume", "--seed", "1")
+    with pytest.raises(SystemExit, match=r"was made with data=.*, not elsewhere"):
+        train("--resume", "--data", "elsewhere")
 
 
 def test_compilation_gives_up_with_a_reason(harness: Any) -> None:

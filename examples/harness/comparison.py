@@ -16,9 +16,7 @@ from .training import Metrics, draw_panels, write_csv
 Variant = Callable[[Run], Metrics]
 
 
-def compare(
-    run: Run, variants: dict[str, Variant], *, score: str, title: str, lower_is_better: bool = False
-) -> dict[str, list[Metrics]]:
+def compare(run: Run, variants: dict[str, Variant], *, score: str, title: str) -> dict[str, list[Metrics]]:
     """Train every variant with every seed, print a table of test results, and write them.
 
     All variants of a seed begin with the same random state, and the runs of a seed are compared in pairs. Written to
@@ -27,7 +25,7 @@ def compare(
 
     Args:
         variants: name to training; the first is what the others are compared with.
-        score: the test metric to compare by.
+        score: the test metric to compare by; higher is better.
         title: printed above the table.
 
     Returns:
@@ -48,7 +46,7 @@ def compare(
             folders[name].append(part.out)
             if part.quiet:
                 run.say(f"{title}: {name}, seed {seed}: {score} {metrics[score]:.4f}")
-    run.say("\n" + report(results, seeds, score=score, title=title, lower_is_better=lower_is_better))
+    run.say("\n" + report(results, seeds, score=score, title=title))
     run.save_results({name: columns(rows) for name, rows in results.items()})
     write_csv(
         run.out / "results.csv",
@@ -83,9 +81,7 @@ def spread(values: Sequence[float]) -> str:
     return f"{mean:.4f} ± {statistics.stdev(values):.4f}" if len(values) > 1 else f"{mean:.4f}"
 
 
-def report(
-    results: dict[str, list[Metrics]], seeds: Sequence[int], *, score: str, title: str, lower_is_better: bool
-) -> str:
+def report(results: dict[str, list[Metrics]], seeds: Sequence[int], *, score: str, title: str) -> str:
     """A table: test metrics of every variant, and how it differs from the first one, seed by seed."""
     baseline = next(iter(results))
     reference = [row[score] for row in results[baseline]]
@@ -93,7 +89,7 @@ def report(
     rows = []
     for name, runs in results.items():
         difference = [row[score] - other for row, other in zip(runs, reference, strict=True)]
-        better = sum((change < 0) if lower_is_better else (change > 0) for change in difference)
+        better = sum(change > 0 for change in difference)
         row = [name, *(spread([run[metric] for run in runs]) for metric in metrics)]
         row += ["", ""] if name == baseline else [f"{signed(difference)}", f"{better}/{len(seeds)}"]
         rows.append([*row, f"{statistics.fmean(run['seconds'] for run in runs):.1f}"])

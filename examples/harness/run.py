@@ -66,7 +66,8 @@ class Run:
     @property
     def settings(self) -> dict[str, Any]:
         """The arguments that a resumed run must share with the run that it continues."""
-        return {key: value for key, value in vars(self.args).items() if key not in _FREE_ON_RESUME}
+        kept = {key: value for key, value in vars(self.args).items() if key not in _FREE_ON_RESUME}
+        return {key: str(value) if isinstance(value, Path) else value for key, value in kept.items()}
 
     @property
     def resume_from(self) -> Path | None:
