@@ -201,7 +201,7 @@ def main() -> None:
         run.args.steps, run.args.batch_size, run.args.no_compile = 4, 8, True
     if run.args.compare:
         poolings: tuple[Pooling, ...] = ("mean", "max", "attention", "gated")
-        variants = {pooling: partial(accuracy_of, pooling=pooling) for pooling in poolings}
+        variants: dict[str, partial[Metrics]] = {pooling: partial(accuracy_of, pooling=pooling) for pooling in poolings}
         compare(run, variants, score="auc", title="does the bag contain a 9?")
     else:
         demonstrate(run)

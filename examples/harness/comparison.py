@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from .run import Run
@@ -16,7 +16,7 @@ from .training import Metrics, draw_panels, write_csv
 Variant = Callable[[Run], Metrics]
 
 
-def compare(run: Run, variants: dict[str, Variant], *, score: str, title: str) -> dict[str, list[Metrics]]:
+def compare(run: Run, variants: Mapping[str, Variant], *, score: str, title: str) -> dict[str, list[Metrics]]:
     """Train every variant with every seed, print a table of test results, and write them.
 
     All variants of a seed begin with the same random state, and the runs of a seed are compared in pairs. Written to
