@@ -142,6 +142,8 @@ def draw_curves(path: Path, rows: list[Metrics]) -> None:
 
 def draw_panels(path: Path, epochs: list[float], panels: dict[str, dict[str, list[list[float]]]]) -> None:
     """One panel per title, one line per label: the mean of its repetitions, and their range as a band."""
+    # The variants of a comparison are the same in all panels.
+    shared = len(panels) > 1 and len({tuple(lines) for lines in panels.values()}) == 1
     figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), squeeze=False, layout="constrained")
     for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
         for label, repetitions in lines.items():
@@ -154,6 +156,9 @@ def draw_panels(path: Path, epochs: list[float], panels: dict[str, dict[str, lis
         axis.set(title=title, xlabel="epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
-        axis.legend(frameon=False)
+        if not shared:
+            axis.legend(frameon=False)
+    if shared:
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, dpi=130)
     plt.close(figure)
