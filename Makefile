@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch torchvision
 ARGS ?=
+FUZZ ?= 10000
 
 SOURCES := CMakeLists.txt setup.py pyproject.toml $(shell find cmake csrc -type f)
 CPP_FILES := find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
@@ -19,11 +20,13 @@ BIN := $(VENV)/bin/
 BUILT := $(VENV)/.built
 endif
 
-.PHONY: help demo test lint format compat gpu-check benchmark build develop clean force
+.PHONY: help demo test fuzz scale lint format compat gpu-check benchmark build develop clean force
 
 help:
 	@echo "make demo       set up, then train the attention-pooling classifier on bags of digits"
 	@echo "make test       set up, then run all tests that need no GPU"
+	@echo "make fuzz       10,000 drawn problems against the reference (FUZZ=1000, ARGS=--hypothesis-seed=N)"
+	@echo "make scale      tensors of more than 2^31 elements, 1,000,000 bags (needs 20 GiB)"
 	@echo "make benchmark  set up, then time the operators (ARGS='attention_pool --csv FILE')"
 	@echo "make build      set up only: virtual environment, torch, compiled libraries"
 	@echo "make lint       check formatting, style and types;  make format  repairs the formatting"
@@ -36,6 +39,12 @@ demo: build
 
 test: build
 	$(RUN) -m pytest -n auto --dist loadfile $(ARGS)
+
+fuzz: build
+	FUSEFEAT_FUZZ=$(FUZZ) $(RUN) -m pytest tests/test_fuzz.py $(ARGS)
+
+scale: build
+	$(RUN) -m pytest -m scale tests/test_scale.py $(ARGS)
 
 benchmark: build
 	$(RUN) -m benchmarks $(ARGS)

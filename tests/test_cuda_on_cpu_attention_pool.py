@@ -457,29 +457,29 @@ def test_zero_stride_channels(library, attention):
 @both_pools
 @pytest.mark.parametrize("channels", [10, 64, 600])
 @pytest.mark.parametrize(
-    ("offsets", "same_as"),
+    "offsets",
     [
-        ([0, 30, 1000], [0, 30, 300]),
-        ([-7, 30, 300], [0, 30, 300]),
-        ([-9, -3, 40, 2**40, 300], None),
-        ([0, 200, 100, 300], None),
-        ([300, 0, 300, 0], None),
-        ([50, 40, 30, 20], None),
-        ([20, 100, 250], [20, 100, 250]),
+        [0, 30, 1000],
+        [-7, 30, 300],
+        [-9, -3, 40, 2**40, 300],
+        [0, 200, 100, 300],
+        [300, 0, 300, 0],
+        [50, 40, 30, 20],
+        [0, *range(250), 248, 300],
     ],
+    ids=lambda offsets: str(offsets[:5]),
 )
-def test_bad_offsets_stay_in_bounds(library, attention, channels, offsets, same_as):
-    """Offsets that clamp to sound ones give their results; others give any. See also test_cuda_on_cpu_memory."""
+def test_bad_offsets_give_nan(library, attention, channels, offsets):
+    """No access out of bounds (see test_cuda_on_cpu_memory) and no number that looks right."""
     pool = make(library, attention, True, [300], channels, None, FLOAT)
     pool.cu_seqlens = torch.tensor(offsets)
     results = pool.forward()
+    assert results[0].shape == (len(offsets) - 1, channels)
+    assert results[0].isnan().all() and results[1].isnan().all()
     gradients = pool.backward(results, torch.randn_like(results[0]), None)
-    assert results[0].shape == (len(offsets) - 1, channels) and gradients[0].shape == pool.tokens.shape
-    if same_as is not None:
-        pool.cu_seqlens = torch.tensor(same_as, dtype=torch.int32)
-        pool.check()
-        for actual, wanted in zip(results, pool.forward(), strict=True):
-            assert torch.equal(bits(actual), bits(wanted))
+    assert gradients[0].shape == pool.tokens.shape
+    pool.cu_seqlens = torch.tensor([20, 100, 250], dtype=torch.int32)
+    pool.check()
 
 
 @both_pools

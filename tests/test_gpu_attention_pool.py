@@ -92,11 +92,11 @@ def test_no_synchronisation_and_graph_capture(backend: str) -> None:
 
 
 @each_backend
-def test_offsets_that_lie_stay_in_bounds(backend: str) -> None:
+def test_offsets_that_lie_give_nan(backend: str) -> None:
     x, query = torch.randn(10, 4, device="cuda"), torch.randn(4, device="cuda")
     for values in ([0, 3, 1000], [0, -5, 10], [7, 3, 10], [10, 0, 10], [-(2**60), 2**60, 5]):
         out = fusefeat.attention_pool(x, query, cu_seqlens=torch.tensor(values, device="cuda"), backend=backend)
-        assert out.isfinite().all()
+        assert out.isnan().all()
 
 
 def test_compile() -> None:

@@ -377,9 +377,9 @@ def test_tokens_outside_of_every_bag(given_scores):
 
 @both_pools
 @pytest.mark.parametrize(
-    "bad", [[0, 500, 90], [0, 80, 20, 90], [-5, 40, 90], [90, 0], [50, 40, 30], [0, 2**40, -(2**40), 90], [7, 7, 7]]
+    "bad", [[0, 500, 90], [0, 80, 20, 90], [-5, 40, 90], [90, 0], [50, 40, 30], [0, 2**40, -(2**40), 90], [7, 7, 6]]
 )
-def test_bad_offsets_stay_in_bounds(given_scores, bad, monkeypatch):
+def test_bad_offsets_stay_in_bounds_and_give_nan(given_scores, bad, monkeypatch):
     """Inputs lie inside NaNs, results inside a known pattern: neither may be touched."""
     margin, pattern, buffers = 4096, 77, []
     surrounded = torch.full((margin * 2 + 90 * 8,), NAN)
@@ -397,13 +397,12 @@ def test_bad_offsets_stay_in_bounds(given_scores, bad, monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
     results = forward(x, minor, None, cu, 1.0, given_scores)
-    grads = backward(torch.ones(bags, 2, 8), torch.ones(90, 2), x, minor, None, cu, 1.0, results, given_scores)
+    backward(torch.ones(bags, 2, 8), torch.ones(90, 2), x, minor, None, cu, 1.0, results, given_scores)
     monkeypatch.undo()
     assert len(buffers) > 4
     for buffer in buffers:
         assert (buffer[:margin] == pattern).all() and (buffer[-margin:] == pattern).all()
-    for tensor in (results[0], results[2], *grads):
-        assert tensor.isfinite().all()
+    assert results[0].isnan().all() and results[1].isnan().all()
 
 
 @both_pools

@@ -17,6 +17,7 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = {
     "pool_forward",
+    "pool_offsets",
     "pool_combine",
     "pool_weights",
     "pool_dots",

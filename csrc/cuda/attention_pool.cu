@@ -187,6 +187,7 @@ Pooled forward(const Pool& pool, const MaybeTensor& query, const MaybeTensor& sc
         run_forward<T, kAccess, false>(pool, args);
       }
     });
+    if (sizes.packed) launch_refuse_bad_offsets<AccOf<T>>(args, pool.stream);
     if (need_weights && sizes.all_tokens() > 0) {
       WeightArgs weights;
       weights.bags = args.bags;

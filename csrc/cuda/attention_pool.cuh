@@ -30,6 +30,14 @@ void launch_backward(const BackwardArgs& args, cudaStream_t stream) {
   LAUNCH((pool_backward<Traits, kAttention>), grid, args.plan.threads, shared, stream, args);
 }
 
+template <typename A>
+void launch_refuse_bad_offsets(const ForwardArgs& args, cudaStream_t stream) {
+  const int64_t rows = args.bags.count * args.queries;
+  LAUNCH(
+      (refuse_bad_offsets<A>), 1, kColumnWarps * kWarp, 0, stream, args.bags, static_cast<A*>(args.out),
+      rows * args.channels, args.lse, rows);
+}
+
 template <typename T>
 void launch_weights(const WeightArgs& args, cudaStream_t stream) {
   LAUNCH((pool_weights<T>), divide_up(args.bags.tokens, kRowThreads), kRowThreads, 0, stream, args);

@@ -173,6 +173,27 @@ __global__ void __launch_bounds__(kRowThreads, 1)
   if (threadIdx.x % kWarp == 0) delta[row] = sum + (weighted == nullptr ? A(0) : weighted[row]);
 }
 
+// Offsets that fall, or lie outside of the tokens, give every bag NaN: reads stay in bounds anyway, but a bag that
+// overlaps others would get a part of its tokens and look right. One block.
+template <typename A>
+__global__ void __launch_bounds__(kColumnWarps* kWarp, 1)
+    refuse_bad_offsets(const Bags bags, A* out, int64_t out_count, double* lse, int64_t lse_count) {
+  SHARED_ARRAY(unsigned, bad_lanes, kColumnWarps);
+  bool bad = false;
+  for (int64_t i = threadIdx.x; i <= bags.count; i += blockDim.x) {
+    const int64_t value = bags.raw_offset(i);
+    bad = bad || value < (i == 0 ? 0 : bags.raw_offset(i - 1)) || value > bags.tokens;
+  }
+  const unsigned lanes = __ballot_sync(kAllLanes, bad);
+  if (threadIdx.x % kWarp == 0) bad_lanes[threadIdx.x / kWarp] = lanes;
+  __syncthreads();
+  unsigned any = 0;
+  for (int warp = 0; warp < kColumnWarps; ++warp) any |= bad_lanes[warp];
+  if (any == 0) return;
+  for (int64_t i = threadIdx.x; i < out_count; i += blockDim.x) out[i] = static_cast<A>(NAN);
+  for (int64_t i = threadIdx.x; i < lse_count; i += blockDim.x) lse[i] = static_cast<double>(NAN);
+}
+
 struct QueryGradArgs {
   const void* parts = nullptr;  // [count, queries, row_channels] of the accumulation type
   int64_t count = 0, queries = 0, channels = 0, row_channels = 0;

@@ -15,12 +15,14 @@ struct Bags {
   int64_t tokens_each = 0;  // padded only
   int64_t tokens = 0;       // of all bags
 
-  // Offsets come unchecked from the device: clamped, they can give a wrong result but no access
-  // out of bounds.
+  __device__ __forceinline__ int64_t raw_offset(int64_t index) const {
+    return offsets_64bit ? static_cast<const int64_t*>(offsets)[index] : static_cast<const int32_t*>(offsets)[index];
+  }
+  // Offsets come unchecked from the device: clamped, they give no access out of bounds.
+  // refuse_bad_offsets sees to the result.
   __device__ __forceinline__ int64_t offset(int64_t index) const {
     if (offsets == nullptr) return index * tokens_each;
-    const int64_t value =
-        offsets_64bit ? static_cast<const int64_t*>(offsets)[index] : static_cast<const int32_t*>(offsets)[index];
+    const int64_t value = raw_offset(index);
     return value < 0 ? 0 : value > tokens ? tokens : value;
   }
   __device__ __forceinline__ int64_t start(int64_t bag) const { return offset(bag); }

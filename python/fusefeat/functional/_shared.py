@@ -32,6 +32,11 @@ class Logits(NamedTuple):
         return self.weight.shape[0]
 
 
+def autocast_enabled(device_type: str) -> bool:
+    """Whether autocast is on for a device; meta has none to ask, in words that torch 2.11 can compile."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
 def prepare(
     function: str,
     input: Any,
@@ -43,12 +48,13 @@ def prepare(
 ) -> Logits:
     """Check what the operators take and settle the operands' dtype."""
     checks.matrix(function, "input", input, None)
-    device = input.device.type
-    mixed = torch.is_autocast_enabled(device) and input.dtype != torch.float64
-    operand_dtype = torch.get_autocast_dtype(device) if mixed else None
+    mixed = autocast_enabled(input.device.type) and input.dtype != torch.float64
+    operand_dtype = torch.get_autocast_dtype(input.device.type) if mixed else None
     if operand_dtype not in OPERAND_DTYPES:
         operand_dtype = None
     checks.matrix(function, "weight", weight, input, mixed_dtypes=mixed, width_of="input")
+    if weight.shape[0] == 0:
+        raise ValueError(f"{function}: weight must have at least one row (F >= 1), got {checks.describe(weight)}")
     if context is not None:
         checks.matrix(function, "context", context, input, mixed_dtypes=mixed, width_of="input")
     if bias is not None:
@@ -79,9 +85,14 @@ def ordered_sum(values: Tensor) -> Tensor:
 
     torch.sum splits a long vector by the number of threads; rows of a fixed length are each summed by one thread.
     """
-    length = 4096
-    while values.shape[0] > length:
-        rows = -(-values.shape[0] // length)
-        padded = torch.nn.functional.pad(values, (0, rows * length - values.shape[0]))
-        values = padded.view(rows, length).sum(1)
+    length, count = 4096, values.shape[0]
+    # A traced size may be unknown, and then nothing may depend on whether it fits one row, be it a branch or the
+    # contiguity of a single row; one folding serves 2^27 values.
+    traced = torch.compiler.is_compiling() or isinstance(count, torch.SymInt)
+    while traced or count > length:
+        rows = count // length + 2 if traced else (count + length - 1) // length
+        padded = torch.nn.functional.pad(values, (0, rows * length - count))
+        values, count = padded.view(rows, length).sum(1), rows
+        if traced:
+            break
     return values.sum()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,8 +34,8 @@ def copy_before_step(parameter: Tensor) -> Tensor:
     """A copy, made by compiled code, which cannot ask at run time what it is part of, except here."""
     if in_backward():
         raise RuntimeError(
-            "AutoLearningLayer: a compiled layer cannot be recomputed in the backward; leave the checkpointed part "
-            "of the model uncompiled"
+            "AutoLearningLayer: a compiled layer cannot be recomputed in the backward; leave a checkpointed layer out "
+            "of compilation with torch.compiler.disable(layer)"
         )
     return parameter.clone()
 
@@ -52,7 +53,7 @@ class Kept:
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self.tensors = tensors
-        self.mark: Tensor | None = None
+        self.mark = torch.empty(0)
         self.recomputed_in = -1  # the backward (graph task) that recomputed it last
 
 
@@ -88,28 +89,26 @@ class Record:
         else:
             self._without = [*self._without[1 - KEPT_WITHOUT_GRAPH :], kept]
 
-    def find(self, outputs_of: Any) -> Kept | None:
-        """The forward that is being recomputed; ``outputs_of(kept)`` are its first outputs, recomputed.
+    def find(self, shape: torch.Size, outputs_of: Callable[[Kept], Tensor]) -> Kept | None:
+        """The forward that is being recomputed: ``outputs_of`` gives the mark it should have, of this shape.
 
-        A backward recomputes the latest forwards first, hence the order where several gave the same.
+        A backward recomputes the latest forwards first, hence the order where several fit equally well.
         """
         task = torch._C._current_graph_task_id()
         alive = [kept for ref in self._with_graph if (kept := ref()) is not None]
-        candidates = [kept for kept in [*alive[::-1], *self._without[::-1]] if kept.recomputed_in != task]
-        if not candidates:
+        fitting = [
+            kept
+            for kept in [*alive[::-1], *self._without[::-1]]
+            if kept.mark.shape == shape and kept.recomputed_in != task
+        ]
+        if not fitting:
             return None
-        chosen = candidates[0]
-        if len(candidates) > 1:
-            distances = [_distance(kept.mark, outputs_of(kept)) for kept in candidates]
-            chosen = candidates[distances.index(min(distances))]
+        chosen = fitting[0]
+        if len(fitting) > 1 and shape.numel():
+            chosen = min(fitting, key=lambda kept: _distance(kept.mark, outputs_of(kept)))
         chosen.recomputed_in = task
         return chosen
 
 
-def _distance(one: Tensor | None, other: Tensor) -> float:
-    if one is None or one.shape != other.shape:
-        return float("inf")
-    if one.numel() == 0:
-        return 0.0
-    distance = float((one - other).abs().max())
-    return distance if distance == distance else torch.finfo(torch.float32).max
+def _distance(one: Tensor, other: Tensor) -> float:
+    return float((one.nan_to_num() - other.nan_to_num()).abs().max())

@@ -12,6 +12,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import Parameter, UninitializedParameter, is_lazy
 
 from .. import checks
+from ..functional._shared import autocast_enabled
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -33,8 +34,8 @@ def check_rows(module: str, name: str, value: Any, parameter: Tensor, width: str
         raise ValueError(
             f"{module}: {name} must have {width} = {parameter.shape[1]} columns, got {checks.describe(value)}"
         )
-    checks.same_device(module, name, value, "the parameters", parameter)
-    mixed = torch.is_autocast_enabled(value.device.type) and torch.float64 not in (value.dtype, parameter.dtype)
+    checks.same_device(module, name, value, "the weight", parameter)
+    mixed = autocast_enabled(value.device.type) and torch.float64 not in (value.dtype, parameter.dtype)
     if value.dtype != parameter.dtype and not mixed:
         raise TypeError(
             f"{module}: {name} must be {parameter.dtype} as the parameters are, got {checks.describe(value)}"
@@ -88,10 +89,13 @@ class SharedFeatures(LazyModuleMixin, nn.Module):
         self.reduction = reduction
         self.backend = backend
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.weight = cast(Parameter, UninitializedParameter(**factory))
-        self.bias = cast(Parameter, UninitializedParameter(**factory)) if bias else None
-        if in_features is not None:
-            self._create(in_features)
+        if in_features is None:
+            self.weight = cast(Parameter, UninitializedParameter(**factory))
+            self.bias = cast(Parameter, UninitializedParameter(**factory)) if bias else None
+        else:
+            self.weight = Parameter(torch.empty(num_features, in_features, **factory))
+            self.bias = Parameter(torch.empty(num_features, **factory)) if bias else None
+            self.reset_parameters()
             self._initialize_hook.remove()
             self._load_hook.remove()
             del self._initialize_hook, self._load_hook
@@ -100,16 +104,6 @@ class SharedFeatures(LazyModuleMixin, nn.Module):
     def in_features(self) -> int | None:
         """Columns of the rows; None as long as the weight is uninitialised."""
         return None if is_lazy(self.weight) else self.weight.shape[1]
-
-    def _create(self, in_features: int) -> None:
-        with torch.no_grad():
-            for parameter, shape in (
-                (self.weight, (self.num_features, in_features)),
-                (self.bias, (self.num_features,)),
-            ):
-                if isinstance(parameter, UninitializedParameter):
-                    parameter.materialize(shape)
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw weight and bias from U(-1/sqrt(in_features), 1/sqrt(in_features)), as ``torch.nn.Linear`` does."""
@@ -130,7 +124,11 @@ class SharedFeatures(LazyModuleMixin, nn.Module):
             raise ValueError(
                 f"{name}: input must be 2-D [N,in_features] with in_features >= 1, got {checks.describe(input)}"
             )
-        self._create(input.shape[1])
+        with torch.no_grad():
+            self.weight.materialize((self.num_features, input.shape[1]))
+            if isinstance(self.bias, UninitializedParameter):
+                self.bias.materialize((self.num_features,))
+        self.reset_parameters()
 
     def _lazy_load_hook(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         weight = state_dict.get(prefix + "weight")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import checks, functional
+from ..functional._shared import autocast_enabled
 from ..functional.shared_penalty import _all_reduce
 from ._recomputation import Kept, Record, StandIn, copy_before_step, in_backward, inference, must_be_pure
 from ._shared import check_rows, deepcopy_sharing_group, positive_number
@@ -42,9 +43,12 @@ class AutoLearningLayer(nn.Module):
     The layer takes no step in eval mode, at learning rate 0, in inference mode, below a ``torch.func`` transform, and
     in a forward that runs inside a backward, which is a recomputation (checkpointing, either kind): that one uses the
     weights of the forward it repeats (without a graph, as reentrant checkpointing runs it, the last four are known).
-    Parameters with ``requires_grad=False`` are not stepped. A step that is not finite in every entry is not taken, so a
-    NaN batch shows in y but does not destroy the weights. ``torch.compile(fullgraph=True)`` works; a compiled layer
-    inside a checkpointed part raises a RuntimeError in the backward.
+    Parameters with ``requires_grad=False``, and computed (parametrised) ones, are not stepped. A step that is not
+    finite in every entry is not taken, so a NaN batch shows in y but does not destroy the weights.
+
+    ``torch.compile(fullgraph=True)`` works, but compiled code cannot tell inference mode from ``no_grad`` (use eval
+    mode there), and a compiled layer cannot be recomputed: it raises a RuntimeError. In a checkpointed part of a
+    compiled model, leave the layer out of compilation: ``torch.compiler.disable(layer)``.
 
     Args:
         input_size: channels of x.
@@ -106,7 +110,9 @@ class AutoLearningLayer(nn.Module):
             loss that is not a scalar or does not depend on the parameters.
         """
         check_rows("AutoLearningLayer", "x", x, self.net.weight, "input_size", leading=True)
-        current = {name: p for name, p in self.net.named_parameters(recurse=False) if p is not None}
+        current = {"weight": self.net.weight}
+        if self.net.bias is not None:
+            current["bias"] = self.net.bias
         steps = {name: p for name, p in current.items() if p.requires_grad and p.is_leaf}
         if not self.training or not self.learning_rate or not steps or must_be_pure() or inference():
             return self._activation(self._logits(x, current))
@@ -114,7 +120,7 @@ class AutoLearningLayer(nn.Module):
             y = self._activation(self._logits(x, current | {n: copy_before_step(p) for n, p in steps.items()}))
             gradients = self._gradients_by_transform(x.detach(), current, steps)
         elif in_backward():
-            found = self._record.find(lambda kept: self._marks(x, current | kept.tensors))
+            found = self._record.find(x.shape[:-1], lambda kept: self._marks(x, current | kept.tensors))
             if found is not None:
                 current |= {n: StandIn.apply(current[n], value, found) for n, value in found.tensors.items()}
             return self._activation(self._logits(x, current))
@@ -182,7 +188,7 @@ class AutoLearningLayer(nn.Module):
             for parameter, gradient in zip(steps.values(), gradients, strict=True):
                 parameter.sub_(torch.where(finite, gradient, 0.0), alpha=self.learning_rate)
         # Casts of the parameters that autocast may hold are those before the step.
-        if not torch.compiler.is_compiling() and torch.is_autocast_enabled(gradients[0].device.type):
+        if not torch.compiler.is_compiling() and autocast_enabled(gradients[0].device.type):
             torch.clear_autocast_cache()
 
     def _averaged(self, gradients: list[Tensor]) -> list[Tensor]:

@@ -24,11 +24,13 @@ class AutoFeatureExtractor(nn.Module):
     The objective compares the batch with context rows: a first-in-first-out queue of the last ``context_size``
     inputs, as it stood before this batch joined it. A batch joins in training mode only; it is detached, cast to the
     parameters' dtype, and the buffer is replaced rather than written to, so that no graph sees it change. Slots never
-    filled have weight 0. A batch that joined with NaN in it spoils the objective until it has left the queue.
+    filled have weight 0. A batch that joined with NaN in it spoils the objective until it has left the queue. The
+    module holds on to the batch, and to the graph that computed it, until the next forward.
 
     A recomputation in the backward (checkpointing), a ``torch.func`` transform and inference mode leave the queue as
-    it is, the first two also the objective. ``DistributedDataParallel`` gives all ranks the queue of rank 0, as any
-    buffer (``broadcast_buffers=False``: each its own); call ``ddp.module.objective()``.
+    it is, the first two also the objective; compiled code can tell neither a recomputation nor inference mode.
+    ``DistributedDataParallel`` gives all ranks the queue of rank 0, as it does with any buffer
+    (``broadcast_buffers=False``: each its own); the objective is then ``ddp.module.objective()``.
 
     Args:
         input_dim: columns D of the inputs.
@@ -81,7 +83,7 @@ class AutoFeatureExtractor(nn.Module):
             filled = torch.zeros(context_size, device=device, dtype=torch.bool)
         self.register_buffer("queue", queue)
         self.register_buffer("filled", filled)
-        # Input, queue and filled of the last forward, until its objective is asked for.
+        # Input, queue and filled of the last forward.
         self._last: tuple[Tensor, Tensor | None, Tensor | None] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -132,9 +134,8 @@ class AutoFeatureExtractor(nn.Module):
     ) -> Tensor:
         """Penalty + reg_weight · regulariser of the last forward's inputs against the queue as it stood then.
 
-        It takes the parameters as they are now, and reaches what computed the inputs through their graph. Afterwards
-        the module lets go of the inputs, so one forward has one objective; copies of the module (deep or pickled) have
-        none until their own first forward.
+        It takes the parameters as they are now, and reaches what computed the inputs through their graph. It may be
+        asked for more than once; copies of the module (deep or pickled) have none until their own first forward.
 
         Args:
             entropy_weight, balance_weight, process_group: as in :func:`fusefeat.shared_penalty`.
@@ -144,12 +145,12 @@ class AutoFeatureExtractor(nn.Module):
             A scalar, float64 for float64 inputs and float32 for all others.
 
         Raises:
-            RuntimeError: no forward, or none since the last objective.
+            RuntimeError: no forward yet.
         """
         if self._last is None:
             raise RuntimeError(
                 "AutoFeatureExtractor: objective() is that of the last forward, and there was none since the module "
-                "was made, copied or asked for an objective"
+                "was made or copied"
             )
         checks.finite_number("AutoFeatureExtractor", "reg_weight", reg_weight)
         x, queue, filled = self._last
@@ -168,7 +169,6 @@ class AutoFeatureExtractor(nn.Module):
             process_group=process_group,
             backend=self.backend,
         )
-        self._last = None
         return penalty + reg_weight * reg
 
     def __getstate__(self) -> dict[str, Any]:

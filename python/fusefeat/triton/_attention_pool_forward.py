@@ -254,3 +254,26 @@ def pool_dots(
         tl.store(scores_ptr + at, tl.where(keep[:, None], score * scale, float("-inf")), mask=stores)
     if HAS_GRAD:
         tl.store(dots_ptr + at, dot, mask=stores)
+
+
+@triton.jit
+def pool_offsets(cu_ptr, cu_step, out_ptr, lse_ptr, bags, tokens, out_count, lse_count, BLOCK: tl.constexpr):
+    """NaN for every bag when offsets fall or lie outside of the tokens.
+
+    Reads stay in bounds anyway, but a bag that overlaps others would get a part of its tokens and look right.
+    """
+    lanes = tl.arange(0, BLOCK)
+    wrong = tl.zeros([BLOCK], tl.int32)
+    for first in range(0, bags + 1, BLOCK):
+        index = tl.cast(first, tl.int64) + lanes
+        inside = index <= bags
+        value = tl.load(cu_ptr + index * cu_step, mask=inside, other=0).to(tl.int64)
+        before = tl.load(cu_ptr + (index - 1) * cu_step, mask=inside & (index > 0), other=0).to(tl.int64)
+        wrong = tl.where(inside & ((value < before) | (value > tokens)), 1, wrong)
+    if tl.max(wrong) > 0:
+        for first in range(0, out_count, BLOCK):
+            index = tl.cast(first, tl.int64) + lanes
+            tl.store(out_ptr + index, float("nan"), mask=index < out_count)
+        for first in range(0, lse_count, BLOCK):
+            index = tl.cast(first, tl.int64) + lanes
+            tl.store(lse_ptr + index, float("nan"), mask=index < lse_count)

@@ -6,7 +6,8 @@ program alike, and it depends on shapes only. Exactly one program meets the end 
 programs leaves one partial result in each of the others.
 
 Rows count tokens through all bags: row = bag * tokens + token when padded, the token itself when packed.
-Offsets in cu_seqlens are clamped, so that bad ones give wrong numbers but never an address out of bounds.
+Offsets in cu_seqlens are clamped, so that bad ones never give an address out of bounds; pool_offsets makes their result
+NaN.
 """
 
 import triton

@@ -19,7 +19,13 @@ from fusefeat.triton._attention_pool_backward import (
     pool_weight_dot,
     sum_partials,
 )
-from fusefeat.triton._attention_pool_forward import pool_combine, pool_dots, pool_forward, pool_weights
+from fusefeat.triton._attention_pool_forward import (
+    pool_combine,
+    pool_dots,
+    pool_forward,
+    pool_offsets,
+    pool_weights,
+)
 from fusefeat.triton._launch import triton_operator, wrap_triton
 
 # Programs along the tokens: enough to fill any chip, few enough that joining their pieces costs nothing.
@@ -238,6 +244,10 @@ def _forward(
             pool.tokens, pool.channels, pool.queries, pool.block_items,
             PACKED=pool.packed, BLOCK_S=64, BLOCK_D=64, num_warps=8,
         )  # fmt: skip
+    if pool.packed:
+        wrap_triton(pool_offsets)[(1,)](
+            *pool.cu_args(), out, lse, pool.bags, pool.tokens, out.numel(), lse.numel(), BLOCK=1024, num_warps=8
+        )
     if need_weights:
         source = weights if scores is None else scores
         wrap_triton(pool_weights)[(_cdiv(pool.rows * pool.queries, WEIGHTS_BLOCK),)](
