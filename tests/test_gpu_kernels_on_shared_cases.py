@@ -25,7 +25,9 @@ def cuda_pools(request: pytest.FixtureRequest) -> dict[str, Any]:
         pytest.skip("no C++ compiler")
     sources = [ROOT / "csrc" / "cuda" / "attention_pool.cu", ROOT / "csrc" / "schema.cpp"]
     path = build(request.config.cache.mkdir("cuda_on_cpu_shared"), "attention_pool", sources)
-    torch.ops.load_library(str(path))
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("FUSEFEAT_POISON", "1")  # read by the library when it is loaded
+        torch.ops.load_library(str(path))
 
     class Operators:
         def __getattr__(self, name: str) -> Any:
