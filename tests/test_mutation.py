@@ -39,6 +39,8 @@ def test_a_fault_that_is_caught_and_one_that_survives(tmp_path: Path) -> None:
     assert outcome(copy, caught, "", in_process) == "caught"
     assert outcome(copy, survives, "", in_process).startswith("SURVIVED")
     assert outcome(copy, gone, "", in_process).startswith("GONE")
-    nothing = table.Row("nothing to run", Fault(file, "features * total", "total"), "tests/test_shared_penalty.py -k nothing")
+    nothing = table.Row(
+        "nothing to run", Fault(file, "features * total", "total"), "tests/test_shared_penalty.py -k nothing"
+    )
     assert outcome(copy, nothing, "", in_process).startswith("NOT TESTED")
     assert (copy.tree / file).read_text() == (ROOT / file).read_text()

@@ -12,7 +12,11 @@ import pytest
 HERE = Path(__file__).resolve().parent
 CASES = {
     "pools": ["test_attention_pool.py", "-k", "cpu and not gradcheck and not float16"],
-    "shared": ["test_shared_penalty.py", "-k", "cpu and not gradcheck and not float16 and not (regulariser and float64)"],
+    "shared": [
+        "test_shared_penalty.py",
+        "-k",
+        "cpu and not gradcheck and not float16 and not (regulariser and float64)",
+    ],
 }
 
 

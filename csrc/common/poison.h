@@ -1,5 +1,5 @@
 // The debug mode FUSEFEAT_POISON=1, read once when a library is loaded: outputs and scratch are filled with 0xff
-// bytes before kernels run, NaN in every floating type and -1 in every integer one, so that what is never written shows.
+// bytes before kernels run, NaN in every floating type and -1 in every integer one, so that what nobody writes shows.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>

@@ -22,8 +22,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mutation.table import Row  # noqa: E402
-from tree_copy import ROOT, TreeCopy  # noqa: E402
+from tree_copy import ROOT, TreeCopy
+
+from mutation.table import Row
 
 TABLES = ("cpu_pools", "cpu_shared", "cuda", "triton", "python")
 NO_TESTS = (4, 5)  # exit statuses of pytest: bad usage, nothing collected
@@ -68,6 +69,7 @@ def in_fork(copy: TreeCopy, arguments: list[str]) -> tuple[int, str]:
                 os.dup2(output.fileno(), 1)
                 os.dup2(output.fileno(), 2)
                 os.chdir(copy.tree)
+                sys.modules["torch"].set_num_threads(1)
                 own = [path for path in sys.path if not Path(path or ".").resolve().is_relative_to(ROOT / "tests")]
                 sys.path[:] = [str(copy.tree / "python"), *own]
                 for name in [name for name in sys.modules if name.partition(".")[0] in ("mutation", "tree_copy")]:
@@ -94,19 +96,23 @@ def split(test: str) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="mutation", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="mutation", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("tables", nargs="*", help=f"of {', '.join(TABLES)}; default: all")
     parser.add_argument("-k", dest="word", default="", help="only faults whose file or name holds this")
+    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "mutation", help="of the copy and its build")
     arguments = parser.parse_args()
     if unknown := set(arguments.tables) - set(TABLES):
         parser.error(f"no table {', '.join(sorted(unknown))}")
     chosen = [r for r in read(arguments.tables or list(TABLES)) if arguments.word in f"{r.fault.file} {r.what}"]
-    copy = TreeCopy(ROOT / "build" / "mutation")
+    copy = TreeCopy(arguments.folder.resolve())
     if any(row.compiled for row in chosen):
         copy.build()
     else:
         copy.use_built()
     isa = copy.run(["-c", "from fusefeat import _library; print(_library.isa()['best'])"]).stdout.strip()
+    os.environ.setdefault("CUDA_ON_CPU_FLAGS", "-O0")  # compiling takes longer than running
     bad = 0
     for row in chosen:
         begin = time.monotonic()

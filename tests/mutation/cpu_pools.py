@@ -37,7 +37,11 @@ BLOCKS = rows(
     KERNELS,
     ("token stride of the mask", "mask[t * args.mask_token] == 0", "mask[t] == 0"),
     ("bag stride of the mask", "args.mask + bag * args.mask_bag", "args.mask + bag * args.tokens"),
-    ("stride of the offsets", "const int32_t*>(args.offsets)[i * args.offsets_stride]", "const int32_t*>(args.offsets)[i]"),
+    (
+        "stride of the offsets",
+        "const int32_t*>(args.offsets)[i * args.offsets_stride]",
+        "const int32_t*>(args.offsets)[i]",
+    ),
     ("rows behind the last not set", "++r) rows[r] = rows[count - 1];", "++r) rows[r] = rows[r];", POISONED),
     ("kept by the last query alone", "kept |= score != -kInfinity<A>;", "kept = score != -kInfinity<A>;"),
     ("stride of the scores", "offset + k * strides.inner;", "offset + k;"),
@@ -56,11 +60,20 @@ BACKWARD = rows(
     ("lse in single precision", "exp_lanes<A>(score - high - low);", "exp_lanes<A>(score - high);"),
     ("dropped tokens' gradient not written", "  zero_until(end);\n", "", POISONED),
     ("gradient of a weight of 0 counts", "if (weight != 0) sum +=", "sum +="),
-    ("query's gradient of no token not written", "if (grad_query != nullptr && first) fill(", "if (false) fill(", POISONED),
+    (
+        "query's gradient of no token not written",
+        "if (grad_query != nullptr && first) fill(",
+        "if (false) fill(",
+        POISONED,
+    ),
     ("centre of query 0", "(bag * num_queries + k) * channels;", "bag * num_queries * channels;"),
     ("an item left out of the sum", "item < items && item < i + group;", "item < items && item + 1 < i + group;"),
     ("query stride of grad_weights", "+ query * strides.inner];", "+ query];"),
-    ("a dropped row counts", "return scratch.kept[k * block.ld + r] != 0; });", "return scratch.kept[k * block.ld + r] < 2; });"),
+    (
+        "a dropped row counts",
+        "return scratch.kept[k * block.ld + r] != 0; });",
+        "return scratch.kept[k * block.ld + r] < 2; });",
+    ),
 )
 
 HOST = [
@@ -78,7 +91,11 @@ HOST = [
         "csrc/cpu/pool_partition.h",
         KERNELS,
         ("tokens lost between parts", "tokens / count + (i < tokens % count ? 1 : 0);", "tokens / count;"),
-        ("last part of a split bag", "splits.push_back({bag, parts, parts + count});", "splits.push_back({bag, parts, parts + count - 1});"),
+        (
+            "last part of a split bag",
+            "splits.push_back({bag, parts, parts + count});",
+            "splits.push_back({bag, parts, parts + count - 1});",
+        ),
     ),
     *rows(
         "csrc/cpu/vec/simd.h",

@@ -17,17 +17,33 @@ LOGITS = rows(
         "sum[r][1] += load(from + (f + r) * strip + kLanes<A>);",
         "sum[r][1] += load(from + (f + r) * strip);",
     ),
-    ("a row too many", "lane + j * kLanes<A> < static_cast<int>(rows);", "lane + j * kLanes<A> <= static_cast<int>(rows);"),
-    ("first lane without a row not cleared", "for (int64_t i = rows; i < kStrip<A>; ++i)", "for (int64_t i = rows + 1; i < kStrip<A>; ++i)"),
+    (
+        "a row too many",
+        "lane + j * kLanes<A> < static_cast<int>(rows);",
+        "lane + j * kLanes<A> <= static_cast<int>(rows);",
+    ),
+    (
+        "first lane without a row not cleared",
+        "for (int64_t i = rows; i < kStrip<A>; ++i)",
+        "for (int64_t i = rows + 1; i < kStrip<A>; ++i)",
+    ),
 )
 
 FORWARD = rows(
     "csrc/cpu/vec/shared_forward.h",
     KERNELS,
     ("entropy of the wrong lanes", "dot0 = fma(e0, d0, dot0);", "dot0 = fma(e0, d1, dot0);"),
-    ("entropy not shifted", "dot = fma(factor, fma(block_sum, shift, block_dot), dot);", "dot = fma(factor, block_dot, dot);"),
+    (
+        "entropy not shifted",
+        "dot = fma(factor, fma(block_sum, shift, block_dot), dot);",
+        "dot = fma(factor, block_dot, dot);",
+    ),
     ("blocks' sums not rescaled", "sum = fma(factor, block_sum, sum);", "sum += block_sum;"),
-    ("margin not subtracted", "sum0 += z0 <= margin ? VecOf<A>{} : z0 - margin;", "sum0 += z0 <= margin ? VecOf<A>{} : z0;"),
+    (
+        "margin not subtracted",
+        "sum0 += z0 <= margin ? VecOf<A>{} : z0 - margin;",
+        "sum0 += z0 <= margin ? VecOf<A>{} : z0;",
+    ),
     ("a tie fires", "(z0 > margin) & valid[0]", "(z0 >= margin) & valid[0]"),
     ("clamped at 0", "v <= margin ? splat<A>(margin) : v", "v <= A(0) ? splat<A>(0) : v"),
     ("fired of the last chunk only", "args.fired_sum[f] += count;", "args.fired_sum[f] = count;"),
@@ -42,7 +58,11 @@ BACKWARD = rows(
     ("gradient at a tie", "d += v > margin ? excess.v[j]", "d += v >= margin ? excess.v[j]"),
     ("margin left out", "const VecOf<A> g = margin * load(grads", "const VecOf<A> g = load(grads"),
     ("bias gradient of the last chunk only", "(first_rows ? A{} : sums[f]) +", "A{} +"),
-    ("first part of a row's gradient only", "for (int64_t p = 0; p < args.parts; ++p) {", "for (int64_t p = 0; p < 1; ++p) {"),
+    (
+        "first part of a row's gradient only",
+        "for (int64_t p = 0; p < args.parts; ++p) {",
+        "for (int64_t p = 0; p < 1; ++p) {",
+    ),
     ("rows that share a strip with the context", "tail >= logits.context_rows", "head >= logits.context_rows"),
 )
 
@@ -62,7 +82,12 @@ HOST = [
     *rows(
         "csrc/cpu/shared_gradients.h",
         KERNELS,
-        ("gradient of rows of weight 0", "torch::stable::zero_(context);\n      torch::stable::zero_(input);", "torch::stable::zero_(context);", POISONED),
+        (
+            "gradient of rows of weight 0",
+            "torch::stable::zero_(context);\n      torch::stable::zero_(input);",
+            "torch::stable::zero_(context);",
+            POISONED,
+        ),
     ),
 ]
 

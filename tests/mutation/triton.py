@@ -15,9 +15,18 @@ FAULTS = [
         ("masked tokens read", "mask=keep[:, None, None] & (channel", "mask=(tokens >= 0)[:, None, None] & (channel"),
         ("stride of the mask", "base + tokens * m_token, mask", "base + tokens, mask"),
         ("pieces not rescaled", "piece = piece * fade.to(ACC) +", "piece = piece +"),
-        ("value of a dropped token touched", "present = tl.where((score == float(\"-inf\"))[:, :, None], 0.0, x)", "present = x"),
+        (
+            "value of a dropped token touched",
+            'present = tl.where((score == float("-inf"))[:, :, None], 0.0, x)',
+            "present = x",
+        ),
         ("lse in single precision", "tl.exp(score - high - low))", "tl.exp(score - high))", KERNELS),
-        ("lse of an empty bag", "lse = tl.where(empty, float(\"-inf\"), peak.to(tl.float64) + log_total)", "lse = peak.to(tl.float64) + log_total", KERNELS),
+        (
+            "lse of an empty bag",
+            'lse = tl.where(empty, float("-inf"), peak.to(tl.float64) + log_total)',
+            "lse = peak.to(tl.float64) + log_total",
+            KERNELS,
+        ),
     ),
     *rows(
         "python/fusefeat/triton/_attention_pool_backward.py",
@@ -25,9 +34,17 @@ FAULTS = [
         ("sign of delta", "weight * (dp - delta[None, :])", "weight * (dp + delta[None, :])"),
         ("scale left out", "term += (ds * scale)[:, :, None] * query", "term += ds[:, :, None] * query"),
         ("value of a dropped token touched", "* tl.where(absent[:, :, None], 0.0, x), axis=0)", "* x, axis=0)"),
-        ("carried part of delta left out", "delta += tl.sum(carried, axis=0) + tl.load(ends_ptr + at)", "delta += tl.load(ends_ptr + at)"),
+        (
+            "carried part of delta left out",
+            "delta += tl.sum(carried, axis=0) + tl.load(ends_ptr + at)",
+            "delta += tl.load(ends_ptr + at)",
+        ),
         ("first partials only", "for tile in range(0, count, BLOCK_S):", "for tile in range(0, BLOCK_S, BLOCK_S):"),
-        ("query stride of grad_weights", "(token * w_token)[:, None] + (index * w_query)[None, :]", "(token * w_token)[:, None] + index[None, :]"),
+        (
+            "query stride of grad_weights",
+            "(token * w_token)[:, None] + (index * w_query)[None, :]",
+            "(token * w_token)[:, None] + index[None, :]",
+        ),
     ),
     *rows(
         "python/fusefeat/triton/_partition.py",

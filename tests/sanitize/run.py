@@ -3,7 +3,7 @@
     python tests/sanitize/run.py            # everything
     python tests/sanitize/run.py thread     # address, cuda or thread alone; more arguments go to pytest
 
-address: the CPU library under AddressSanitizer and UndefinedBehaviorSanitizer, on every instruction set of this machine.
+address: the CPU library under AddressSanitizer and UndefinedBehaviorSanitizer, on all instruction sets of this machine.
 cuda: the CUDA kernels, executed on the CPU, under both.
 thread: the CPU library under ThreadSanitizer, on threads that it understands (threads.cpp).
 """
@@ -27,8 +27,7 @@ STRICT = "-fno-sanitize-recover=all"
 OPTIONS = {
     "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1",  # what Python and torch leave is theirs
     "UBSAN_OPTIONS": "print_stacktrace=1:abort_on_error=1",
-    # torch is not compiled with it: ignore what its locks and its own threads do.
-    "TSAN_OPTIONS": "halt_on_error=1:abort_on_error=1:report_signal_unsafe=0:ignore_noninstrumented_modules=0",
+    "TSAN_OPTIONS": "halt_on_error=1:abort_on_error=1",
     "OMP_NUM_THREADS": "1",
 }
 
@@ -50,7 +49,7 @@ class Kind:
 
 
 KERNELS = ("tests/test_cpu_kernels.py", "tests/test_cpu_shared_kernels.py", "tests/test_cpu_simd.py")
-SHARED_CASES = ("tests/test_attention_pool.py", "tests/test_shared_penalty.py")
+SHARED_CASES = ("tests/test_attention_pool.py", "tests/test_shared_penalty.py", "-k", "not reference")
 
 READ_PAST_THE_TOKENS = Planted(
     Fault(
@@ -86,7 +85,7 @@ KINDS = {
         f"{ADDRESS} {STRICT}",
         ("libasan.so", "libubsan.so"),
         (READ_PAST_THE_TOKENS, SIGNED_OVERFLOW),
-        (KERNELS, (*SHARED_CASES, "tests/test_pool_bad_input.py", "tests/test_shared_bad_input.py")),
+        (KERNELS, SHARED_CASES, ("tests/test_pool_bad_input.py", "tests/test_shared_bad_input.py")),
         {},
     ),
     "cuda": Kind(
@@ -101,7 +100,7 @@ KINDS = {
         "-fsanitize=thread -DFUSEFEAT_BYTES_PER_WORKER=256",
         ("libtsan.so",),
         (SHARED_SCRATCH,),
-        (KERNELS, ("tests/test_attention_pool.py", "tests/test_shared_penalty.py", "-k", "cpu or bitwise")),
+        (KERNELS, SHARED_CASES),
         {},
     ),
 }
@@ -150,14 +149,20 @@ def check(name: str, arguments: list[str]) -> list[str]:
         with copy.planted(planted.fault, isa if kind.compile_flags else "") as errors:
             done = pytest(*planted.test.split(" ", 2))
         found = not errors and done.returncode != 0 and planted.report in done.stdout
-        print(f"{name}: planted {planted.report}: {'found' if found else 'NOT FOUND'}, {time.monotonic() - begin:.0f} s", flush=True)
+        print(
+            f"{name}: planted {planted.report}: {'found' if found else 'NOT FOUND'}, {time.monotonic() - begin:.0f} s",
+            flush=True,
+        )
         if not found:
             failures.append(f"{name}: a planted fault was not found: {planted.fault}\n{errors}{done.stdout[-3000:]}")
     for run in kind.runs:
         begin = time.monotonic()
         done = pytest(*run, *arguments)
         summary = (done.stdout.strip().splitlines() or [""])[-1]
-        print(f"{name}: {' '.join(run)}: exit status {done.returncode}, {summary}, {time.monotonic() - begin:.0f} s", flush=True)
+        print(
+            f"{name}: {' '.join(run)}: exit status {done.returncode}, {summary}, {time.monotonic() - begin:.0f} s",
+            flush=True,
+        )
         if done.returncode != 0:
             failures.append(f"{name}: {' '.join(run)}\n{done.stdout[-6000:]}")
     return failures

@@ -16,8 +16,8 @@ EXPORT int32_t torch_get_num_threads(uint32_t* out) {
   return 0;
 }
 
-EXPORT int32_t torch_parallel_for(
-    int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
+EXPORT int32_t
+torch_parallel_for(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
   const int64_t step = std::max({grain, (end - begin + kThreads - 1) / kThreads, int64_t{1}});
   std::vector<std::thread> threads;
   for (int64_t first = begin + step; first < end; first += step) {
