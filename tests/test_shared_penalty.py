@@ -11,6 +11,7 @@ import pytest
 import shared_cases
 import torch
 from fusefeat import backends
+from fusefeat.functional._shared import ordered_sum
 from torch import Tensor
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -74,6 +75,10 @@ def test_against_the_definition(backend: str) -> None:
     torch.testing.assert_close(fusefeat.shared_assignment(*args, margin=0.6, backend=backend), z.softmax(1))
     reg = fusefeat.clamped_reg(*args, margin=0.6, row_weight=w, backend=backend)
     torch.testing.assert_close(reg, ((w / w.sum()) * clamped.mean(1)).sum())
+    total = fusefeat.clamped_reg(*args, margin=0.6, row_weight=w, reduction="sum", backend=backend)
+    torch.testing.assert_close(total, (w * clamped.sum(1)).sum())
+    excess = fusefeat.clamped_reg(*args, margin=0.6, row_weight=w, subtract_floor=True, backend=backend)
+    torch.testing.assert_close(excess, ((w / w.sum()) * (clamped - 0.6).mean(1)).sum())
     both = fusefeat.shared_objective(*args, margin=0.6, row_weight=w, prior=prior, backend=backend)
     torch.testing.assert_close(both, (got, reg))
 
@@ -179,6 +184,12 @@ def test_gradcheck(backend: str) -> None:
     assert torch.autograd.gradgradcheck(objective, leaves)
     assert torch.autograd.gradcheck(matrices, leaves[:4])
     assert torch.autograd.gradgradcheck(matrices, leaves[:4])
+
+
+def test_sum_of_many_rows() -> None:
+    for count in (0, 1, 4096, 4097, 50_000):
+        values = torch.randn(count, dtype=torch.float64)
+        torch.testing.assert_close(ordered_sum(values), values.sum())
 
 
 def test_bitwise_equal_over_repeats_and_threads() -> None:
