@@ -4,7 +4,8 @@
     python tests/mutation triton     # one table, or several
     python tests/mutation -k scale   # faults whose file or name holds a word
 
-Exit status 1 when a fault survives, does not compile, or is no longer found in the sources.
+Exit status 1 when a fault survives, does not compile, or is no longer found in the sources, and when a test fails
+without any fault.
 """
 
 from __future__ import annotations
@@ -20,21 +21,27 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+HERE = Path(__file__).resolve().parent
+sys.path[:] = [str(HERE.parent), *(path for path in sys.path if Path(path).resolve() != HERE)]
 
-from tree_copy import ROOT, TreeCopy
+from tree_copy import ROOT, TreeCopy  # noqa: E402
 
-from mutation.table import Row
+from mutation.table import Row  # noqa: E402
 
 TABLES = ("cpu_pools", "cpu_shared", "cuda", "triton", "python")
-NO_TESTS = (4, 5)  # exit statuses of pytest: bad usage, nothing collected
 PYTEST = ("-x", "-q", "--no-header")
 PRELOADED = ("torch", "triton", "triton.language", "numpy", "pytest", "_pytest.assertion.rewrite")
-Runner = Callable[[TreeCopy, list[str]], tuple[int, str]]
+Runner = Callable[[TreeCopy, list[str], dict[str, str]], tuple[int, str]]
 
 
 def read(names: list[str]) -> list[Row]:
-    return [row for name in names for row in importlib.import_module(f"mutation.{name}").FAULTS]
+    return [row for name in names for row in importlib.import_module(f"mutation.faults_{name}").FAULTS]
+
+
+def passes_clean(copy: TreeCopy, test: str, isa: str, runner: Runner) -> str:
+    """What a test says of the sources as they are, "" when it passes."""
+    code, output = runner(copy, *split(test.format(isa=isa)))
+    return f"FAILS WITHOUT A FAULT: {test}\n{output[-2000:]}" if code else ""
 
 
 def outcome(copy: TreeCopy, row: Row, isa: str, runner: Runner) -> str:
@@ -45,20 +52,17 @@ def outcome(copy: TreeCopy, row: Row, isa: str, runner: Runner) -> str:
     with copy.planted(row.fault, isa if row.compiled else "") as errors:
         if errors:
             return f"DOES NOT COMPILE: {errors[-2000:]}"
-        code, output = runner(copy, split(row.test.format(isa=isa)))
-    if code in NO_TESTS:
-        return f"NOT TESTED: {row.test}\n{output[-2000:]}"
+        code, _ = runner(copy, *split(row.test.format(isa=isa)))
     return "caught" if code else f"SURVIVED: {row.test}"
 
 
-def in_process(copy: TreeCopy, arguments: list[str]) -> tuple[int, str]:
-    done = copy.run(["-m", "pytest", *PYTEST, *arguments])
+def in_process(copy: TreeCopy, arguments: list[str], variables: dict[str, str]) -> tuple[int, str]:
+    done = copy.run(["-m", "pytest", *PYTEST, *arguments], **variables)
     return done.returncode, done.stdout
 
 
-def in_fork(copy: TreeCopy, arguments: list[str]) -> tuple[int, str]:
+def in_fork(copy: TreeCopy, arguments: list[str], variables: dict[str, str]) -> tuple[int, str]:
     """The same in a child that has torch, Triton and pytest imported already, which takes longer than most tests."""
-    os.environ |= {"TRITON_INTERPRET": "1", "PYTHONPATH": str(copy.tree / "python")}
     for name in PRELOADED:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
@@ -69,30 +73,28 @@ def in_fork(copy: TreeCopy, arguments: list[str]) -> tuple[int, str]:
                 os.dup2(output.fileno(), 1)
                 os.dup2(output.fileno(), 2)
                 os.chdir(copy.tree)
+                os.environ |= variables
                 sys.modules["torch"].set_num_threads(1)
-                own = [path for path in sys.path if not Path(path or ".").resolve().is_relative_to(ROOT / "tests")]
-                sys.path[:] = [str(copy.tree / "python"), *own]
-                for name in [name for name in sys.modules if name.partition(".")[0] in ("mutation", "tree_copy")]:
-                    del sys.modules[name]
+                sys.path[:] = [str(copy.tree / "python"), *(path for path in sys.path if path != str(HERE.parent))]
                 sys.dont_write_bytecode = True
                 code = int(sys.modules["pytest"].main([*PYTEST, *arguments]))
-                loaded = sys.modules.get("fusefeat")
-                if loaded is not None and not Path(str(loaded.__file__)).is_relative_to(copy.tree):
-                    code = NO_TESTS[0]
+                assert Path(str(sys.modules["fusefeat"].__file__)).is_relative_to(copy.tree)
                 sys.stdout.flush()
             except BaseException:
                 traceback.print_exc()
-                code = NO_TESTS[0]
+                code = 1
             os._exit(code)
         _, status = os.waitpid(child, 0)
         output.seek(0)
         return abs(os.waitstatus_to_exitcode(status)), output.read()
 
 
-def split(test: str) -> list[str]:
-    """Files, then the rest of the line for -k."""
-    files, _, words = test.partition(" -k ")
-    return [*files.split(), *(["-k", words] if words else [])]
+def split(test: str) -> tuple[list[str], dict[str, str]]:
+    """Arguments of pytest: files, then the rest of the line for -k. And the variables that come first."""
+    first, _, words = test.partition(" -k ")
+    variables = dict(word.split("=") for word in first.split() if "=" in word)
+    files = [word for word in first.split() if "=" not in word]
+    return [*files, *(["-k", words] if words else [])], variables
 
 
 def main() -> int:
@@ -113,14 +115,25 @@ def main() -> int:
         copy.use_built()
     isa = copy.run(["-c", "from fusefeat import _library; print(_library.isa()['best'])"]).stdout.strip()
     os.environ.setdefault("CUDA_ON_CPU_FLAGS", "-O0")  # compiling takes longer than running
-    bad = 0
-    for row in chosen:
+    os.environ |= {"TRITON_INTERPRET": "1", "PYTHONPATH": str(copy.package.parent)}
+    failed = 0
+
+    def report(what: str, result: str, good: str) -> bool:
+        nonlocal failed, begin
+        failed += result != good
+        print(f"{time.monotonic() - begin:6.1f} s  {what}: {result or 'passes without a fault'}", flush=True)
         begin = time.monotonic()
-        result = outcome(copy, row, isa, in_fork)
-        bad += result != "caught"
-        print(f"{time.monotonic() - begin:6.1f} s  {row.fault.file}: {row.what}: {result}", flush=True)
-    print(f"{len(chosen) - bad} of {len(chosen)} faults caught")
-    return 1 if bad else 0
+        return result == good
+
+    begin = time.monotonic()
+    tests = {row.test for row in chosen}
+    sound = {test for test in sorted(tests) if report(test, passes_clean(copy, test, isa, in_fork), "")}
+    caught = 0
+    for row in chosen:
+        if row.test in sound:
+            caught += report(f"{row.fault.file}: {row.what}", outcome(copy, row, isa, in_fork), "caught")
+    print(f"{caught} of {len(chosen)} faults caught")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from tree_copy import Fault
 class Row:
     what: str
     fault: Fault
-    test: str  # arguments of pytest that must fail; {isa} is the best instruction set of the machine
+    test: str  # variables and arguments of the pytest that must fail; {isa}: the best instruction set of the machine
 
     @property
     def compiled(self) -> bool:

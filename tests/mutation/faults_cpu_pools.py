@@ -5,7 +5,7 @@ from __future__ import annotations
 from .table import rows
 
 KERNELS = "tests/test_cpu_kernels.py -k {isa}"
-POISONED = "tests/test_poisoned_memory.py -k pools"
+POISONED = f"FUSEFEAT_POISON=1 {KERNELS}"
 NUMBERS = "tests/test_cpu_simd.py -k {isa}"
 
 FORWARD = rows(

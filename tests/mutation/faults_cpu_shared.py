@@ -5,7 +5,7 @@ from __future__ import annotations
 from .table import rows
 
 KERNELS = "tests/test_cpu_shared_kernels.py -k {isa}"
-POISONED = "tests/test_poisoned_memory.py -k shared"
+POISONED = f"FUSEFEAT_POISON=1 {KERNELS}"
 
 LOGITS = rows(
     "csrc/cpu/vec/logits.h",

@@ -66,7 +66,7 @@ FAULTS = [
             "conditional, mean_probs = entropy_sum / total, prob_sum / total",
             "conditional, mean_probs = entropy_sum / total, prob_sum",
         ),
-        ("NaN taken for unused", "used = ~(mean_probs <= 0)", "used = mean_probs > 0"),
+        ("logarithm of an unused feature", "used = ~(mean_probs <= 0)", "used = ~(mean_probs < 0)"),
         (
             "weights of the two terms exchanged",
             "entropy_weight * conditional + balance_weight * divergence",
