@@ -25,9 +25,9 @@ from tree_copy import ROOT, Fault, TreeCopy  # noqa: E402
 ADDRESS = "-fsanitize=address,undefined"
 STRICT = "-fno-sanitize-recover=all"
 OPTIONS = {
-    "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1",  # what Python and torch leave is theirs
-    "UBSAN_OPTIONS": "print_stacktrace=1:abort_on_error=1",
-    "TSAN_OPTIONS": "halt_on_error=1:abort_on_error=1",
+    "ASAN_OPTIONS": "detect_leaks=0",  # what Python and torch leave is theirs
+    "UBSAN_OPTIONS": "print_stacktrace=1",
+    "TSAN_OPTIONS": f"halt_on_error=1:suppressions={HERE / 'thread_suppressions.txt'}",
     "OMP_NUM_THREADS": "1",
 }
 
@@ -142,7 +142,7 @@ def check(name: str, arguments: list[str]) -> list[str]:
     isa = where.split()[2]
 
     def pytest(*of: str) -> subprocess.CompletedProcess[str]:
-        return copy.run(["-m", "pytest", "-x", "-q", "-s", *of], **variables)
+        return copy.run(["-m", "pytest", "-x", "-q", "-s", "-p", "no:faulthandler", *of], **variables)
 
     failures = []
     for planted in kind.planted:
