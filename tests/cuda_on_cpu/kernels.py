@@ -29,9 +29,11 @@ def build_kernels(config: pytest.Config, name: str = "kernels", extra: list[str]
 
 @functools.cache
 def load_kernels(config: pytest.Config) -> ctypes.CDLL:
-    """Loaded once: the operators cannot be registered a second time."""
+    """Loaded once: the operators cannot be registered a second time. Outputs and scratch start as NaN."""
     path = build_kernels(config)
-    torch.ops.load_library(str(path))
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("FUSEFEAT_POISON", "1")  # read by the library when it is loaded
+        torch.ops.load_library(str(path))
     return ctypes.CDLL(str(path))
 
 
