@@ -8,13 +8,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
-from . import FAMILIES, environment, plot, report
+from . import FAMILIES, against, environment, plot, report, scaling
 from .case import DTYPES, Case, Skip
+from .progress import Progress
 from .results import Run
 from .runner import Settings, run_case
 
@@ -55,23 +56,25 @@ def _parser() -> argparse.ArgumentParser:
     add("--rounds", type=_positive, default=5, help="interleaved rounds (default 5)")
     add("--slice", type=float, default=0.1, metavar="SECONDS", help="time per contender and round (default 0.1)")
     add("--quick", action="store_true", help="tiny shapes, two short rounds, no torch.compile unless asked for")
+    add("--cold", action="store_true", help="no call finds its inputs in the caches (copies of them in turn)")
+    add("--scaling", action="store_true", help="the sizes of a scaling plot (T, D, ...) in place of the usual shapes")
+    add("--against", metavar="GITREF", help="build that commit elsewhere and time it beside this tree, nothing else")
     add("--thp", choices=("on", "off", "both"), help="let torch allocate huge pages too; both: one run of each")
     add("--csv", metavar="FILE", help="write all rows")
-    add("--plot", metavar="FILE", help="write bar charts (PNG)")
+    add("--plot", metavar="FILE", help="write charts (PNG): bars, or lines with --scaling")
     add("--json", action="store_true", help="print JSON instead of tables")
     return parser
 
 
-def _say(text: str, prefix: str = "") -> None:
-    text = prefix + text
-    if sys.stderr.isatty():
-        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
-    else:
-        print(text, file=sys.stderr, flush=True)
-
-
 def _wanted(cases: Sequence[Case], only: Sequence[str] | None) -> list[Case]:
     return [case for case in cases if only is None or any(word in case.name or word in case.shape for word in only)]
+
+
+def _cases(module: ModuleType, device: torch.device, dtype: str, arguments: argparse.Namespace) -> list[Case]:
+    if not arguments.scaling:
+        return list(module.cases(device, DTYPES[dtype], arguments.quick))
+    axes = module.scaling(device, DTYPES[dtype], arguments.quick) if hasattr(module, "scaling") else {}
+    return [case for sizes in axes.values() for _, case in sizes]
 
 
 def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Run:
@@ -79,13 +82,13 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Run:
     device = torch.device(arguments.device)
     modules = [importlib.import_module(f".{family}", __package__) for family in arguments.families]
     work = [
-        (dtype, _wanted(module.cases(device, DTYPES[dtype], arguments.quick), arguments.only))
+        (dtype, _wanted(_cases(module, device, dtype, arguments), arguments.only))
         for module in modules
         for dtype in arguments.dtype
     ]
     known = {contender.peer for _, cases in work for case in cases for contender in case.contenders if contender.peer}
     if not any(cases for _, cases in work):
-        parser.error(f"--only {','.join(arguments.only)}: no case of that name or shape")
+        parser.error(f"--only {','.join(arguments.only or [])}: no case of that name or shape")
     peers = arguments.compare
     if peers is None and arguments.quick:
         peers = sorted(known - {"compile"})
@@ -99,18 +102,18 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Run:
         seconds=min(arguments.slice, 0.005) if arguments.quick else arguments.slice,
         huge_pages=environment.huge_pages(),
         peers=peers,
+        cold=arguments.cold,
     )
     torch.set_num_threads(settings.threads)
     run = Run(environment.facts(device, settings.threads))
-    total, done = sum(len(cases) for _, cases in work), 0
+    progress = Progress(sum(len(cases) for _, cases in work))
     for dtype, cases in work:
         for case in cases:
-            done += 1
             run.about[case.name] = case.used_by
-            run.rows += run_case(case, dtype, settings, partial(_say, prefix=f"[{done}/{total}] "))
-    if sys.stderr.isatty():
-        _say("")
-    if not arguments.quick:
+            run.rows += run_case(case, dtype, settings, progress.say)
+            progress.step()
+    progress.close()
+    if not (arguments.quick or arguments.scaling):
         run.targets = [target for module in modules for target in module.targets(run.rows)]
     return run
 
@@ -126,6 +129,39 @@ def _run_in_child(argv: Sequence[str], huge_pages: str) -> list[Run]:
     return report.from_json(child.stdout)
 
 
+def _run_against(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    """This tree and another commit in turn, ours alone."""
+    rounds, seconds = (2, 0.005) if arguments.quick else (arguments.rounds, arguments.slice)
+    rows: list[against.Comparison] = []
+    with against.built(arguments.against, arguments.device) as path:
+        workers = [
+            against.Process(p, arguments.device, arguments.threads, seconds) for p in (path, against.ROOT / "python")
+        ]
+        try:
+            work = [
+                (family, dtype, name, shape)
+                for family in arguments.families
+                for dtype in arguments.dtype
+                for name, shape in workers[1].call("cases", family=family, dtype=dtype, quick=arguments.quick).items()
+                if arguments.only is None or any(word in name or word in shape for word in arguments.only)
+            ]
+            if not work:
+                parser.error(f"--only {','.join(arguments.only or [])}: no case of that name or shape")
+            progress = Progress(len(work))
+            for family, dtype, name, shape in work:
+                progress.say(f"{family} {name} {shape} {dtype}")
+                rows += against.compare(*workers, family, dtype, name, shape, rounds, arguments.quick)
+                progress.step()
+            progress.close()
+        finally:
+            for worker in workers:
+                worker.close()
+    print(against.text(arguments.against, rows), flush=True)
+    if arguments.csv:
+        report.write_plain_csv(Path(arguments.csv), rows)
+    return int(any(row.reason.startswith("this tree") for row in rows))
+
+
 def main(argv: Sequence[str]) -> int:
     parser = _parser()
     arguments = parser.parse_args(argv)
@@ -135,6 +171,8 @@ def main(argv: Sequence[str]) -> int:
     arguments.families = arguments.families or list(FAMILIES)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA device")
+    if arguments.against:
+        return _run_against(parser, arguments)
     if arguments.thp in (None, environment.huge_pages()):
         runs = [_run(parser, arguments)]
     else:
@@ -145,7 +183,7 @@ def main(argv: Sequence[str]) -> int:
         report.write_csv(Path(arguments.csv), runs)
     if arguments.plot:
         try:
-            plot.write(Path(arguments.plot), runs)
+            (scaling if arguments.scaling else plot).write(Path(arguments.plot), runs)
         except Skip as skip:
             print(f"no plot: {skip}", file=sys.stderr)
     if any(run.ours_failed for run in runs):

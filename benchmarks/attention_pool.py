@@ -1,4 +1,4 @@
-"""attention_pool and nn.AttentionPool beside eager PyTorch, torch.compile, scaled_dot_product_attention and others."""
+"""Both pools and nn.AttentionPool beside eager PyTorch, torch.compile, scaled_dot_product_attention and others."""
 
 from __future__ import annotations
 
@@ -27,30 +27,43 @@ def _random(*shape: int, scale: float = 1.0, seed: int, device: torch.device, dt
     return (torch.randn(shape, generator=generator) * scale).to(device=device, dtype=dtype)
 
 
-def _bags(inputs: Inputs) -> Iterator[tuple[int, Tensor]]:
-    x = inputs["x"].detach()
+def _bags(inputs: Inputs, per_token: Sequence[str]) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
     lengths = inputs["cu_seqlens"].diff().tolist() if "cu_seqlens" in inputs else None
-    return enumerate(x.unbind(0) if lengths is None else x.split(lengths))
+    tensors = [inputs[name].detach() for name in per_token]
+    return enumerate(zip(*(t.unbind(0) if lengths is None else t.split(lengths) for t in tensors), strict=True))
 
 
-def _by_bag(inputs: Inputs, shared: Sequence[str], pool: Callable[..., Tensor], grad_out: Tensor | None) -> Inputs:
+def _by_bag(
+    inputs: Inputs,
+    shared: Sequence[str],
+    pool: Callable[..., Tensor],
+    grad_out: Tensor | None,
+    per_token: Sequence[str] = ("x",),
+) -> Inputs:
     """The reference: one bag after the other in float64, straight from the formula, differentiated by autograd."""
     parameters = [inputs[name].detach().double().requires_grad_() for name in shared]
-    outs, grads_x = [], []
+    outs = []
+    parts: dict[str, list[Tensor]] = {name: [] for name in per_token}
     sums = [torch.zeros_like(p) for p in parameters]
-    for index, bag in _bags(inputs):
-        tokens = bag.double().requires_grad_()
-        out = pool(tokens, *parameters)
+    for index, bag in _bags(inputs, per_token):
+        tokens = [tensor.double().requires_grad_() for tensor in bag]
+        out = pool(*tokens, *parameters)
         outs.append(out.detach())
         if grad_out is not None:
-            grad_x, *rest = torch.autograd.grad(out, [tokens, *parameters], grad_out[index].double())
-            grads_x.append(grad_x)
-            sums = [total + part for total, part in zip(sums, rest, strict=True)]
+            grads = torch.autograd.grad(out, [*tokens, *parameters], grad_out[index].double())
+            for name, grad in zip(per_token, grads, strict=False):
+                parts[name].append(grad)
+            sums = [total + part for total, part in zip(sums, grads[len(tokens) :], strict=True)]
     wanted = {"out": torch.stack(outs)}
     if grad_out is not None:
-        wanted["grad x"] = torch.cat(grads_x) if "cu_seqlens" in inputs else torch.stack(grads_x)
+        join = torch.cat if "cu_seqlens" in inputs else torch.stack
+        wanted |= {f"grad {name}": join(grads) for name, grads in parts.items()}
         wanted |= {f"grad {name}": total for name, total in zip(shared, sums, strict=True)}
     return wanted
+
+
+def _scored_bag(tokens: Tensor, scores: Tensor) -> Tensor:
+    return torch.softmax(scores, 0) @ tokens
 
 
 def _pool_bag(tokens: Tensor, query: Tensor) -> Tensor:
@@ -74,6 +87,11 @@ def _bind_pool(inputs: Inputs, backend: str | None) -> Bound:
         lambda: fusefeat.attention_pool(x, query, cu_seqlens=cu_seqlens, backend=backend),
         _leaves(inputs),
     )
+
+
+def _bind_softmax_pool(inputs: Inputs, backend: str | None) -> Bound:
+    x, scores = inputs["x"], inputs["scores"]
+    return Bound(lambda: fusefeat.softmax_pool(x, scores, backend=backend), _leaves(inputs))
 
 
 def _bind_layer(inputs: Inputs, backend: str | None) -> Bound:
@@ -139,6 +157,25 @@ def padded_case(
         reference=lambda tensors, grad: _by_bag(tensors, ("query",), _pool_bag, grad),
         contenders=[*_ours(_bind_pool, device), *peers.padded(device, one_query=queries is None)],
         work=_work(bags * length, channels, queries or 1, bags, dtype.itemsize, grad_x=True),
+    )
+
+
+def scored_case(name: str, used_by: str, shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> Case:
+    """softmax_pool: the scores come from a network of the caller's."""
+    bags, length, channels = shape
+    return Case(
+        family=FAMILY,
+        name=name,
+        shape=f"[{bags},{length},{channels}] scored",
+        used_by=used_by,
+        inputs=lambda: {
+            "x": _random(*shape, seed=0, device=device, dtype=dtype),
+            "scores": _random(bags, length, seed=2, device=device, dtype=dtype),
+        },
+        leaves=("x", "scores"),
+        reference=lambda tensors, grad: _by_bag(tensors, (), _scored_bag, grad, ("x", "scores")),
+        contenders=[*_ours(_bind_softmax_pool, device), *peers.scored(device)],
+        work=_work(bags * length, channels, 1, bags, dtype.itemsize, grad_x=True),
     )
 
 
@@ -208,13 +245,16 @@ def layer_case(
 def cases(device: torch.device, dtype: torch.dtype, quick: bool) -> list[Case]:
     padded = partial(padded_case, device=device, dtype=dtype)
     packed = partial(packed_case, device=device, dtype=dtype)
+    scored = partial(scored_case, device=device, dtype=dtype)
     layer = partial(layer_case, device=device, dtype=dtype)
     if quick:
         return [
             padded("quick-padded", "a check of the harness", (3, 17, 8), None),
             padded("quick-queries", "a check of the harness", (2, 9, 8), 3),
             packed("quick-packed", "a check of the harness", (3, 1, 40), 8),
+            scored("quick-scored", "a check of the harness", (3, 17, 8)),
             layer("quick-layer", "a check of the harness", (2, 9, 8), 4),
+            layer("quick-square", "a check of the harness", (2, 9, 8), 8),
         ]
     generator = torch.Generator().manual_seed(7)
     graphs = torch.randint(3, 61, (2048,), generator=generator).tolist()
@@ -224,11 +264,29 @@ def cases(device: torch.device, dtype: torch.dtype, quick: bool) -> list[Case]:
         padded("vit-tokens", "pooling of ViT-like tokens", (64, 512, 256), None),
         padded("siglip-map", "SigLIP's MAP head, one probe", (16, 729, 1152), 1),
         padded("set-pma", "set transformer's PMA, many seeds", (8, 1024, 256), 16),
+        scored("ecapa", "attentive statistics pooling of ECAPA-TDNN, 3 s of speech", (32, 300, 1536)),
+        packed("abmil-1k", "attention MIL, one biopsy a step", (1_000,), 512),
+        packed("abmil-10k", "attention MIL, one slide a step", (10_000,), 512),
+        packed("abmil-100k", "attention MIL, one large slide a step", (100_000,), 512),
         packed("slides", "whole-slide bags, packed", SLIDES, 512),
         packed("slides-frozen", "the same on frozen features", SLIDES, 512, frozen=True),
         packed("graphs", "graph readout, many small bags", graphs, 128),
+        packed("graphs-batch", "graph readout, one mini-batch of molecules", graphs[:128], 64),
         layer("layer", "nn.AttentionPool, the published layer", (16, 4096, 512), 128),
+        layer("layer-recipe", "the published recipe: 1000 rows of 10 values in bags of 10", (100, 10, 10), 128),
+        layer("layer-map", "the layer at the size of SigLIP's head", (8, 729, 1152), 1152),
     ]
+
+
+def scaling(device: torch.device, dtype: torch.dtype, quick: bool) -> dict[str, list[tuple[int, Case]]]:
+    """By axis: sizes and their cases."""
+    lengths, channels = ((4, 16), 8) if quick else ((16, 64, 256, 1024, 4096, 16384), 512)
+    widths, length = ((4, 16), 8) if quick else ((16, 64, 256, 1024, 4096), 512)
+    padded = partial(padded_case, used_by="scaling", queries=None, device=device, dtype=dtype)
+    return {
+        "T": [(t, padded(f"T={t}", shape=(16, t, channels))) for t in lengths],
+        "D": [(d, padded(f"D={d}", shape=(16, length, d))) for d in widths],
+    }
 
 
 def _against(rows: list[Row], text: str, case: str, mode: str, wanted: float, names: Sequence[str]) -> Target:

@@ -28,6 +28,14 @@ def product_pool(x: Tensor, query: Tensor) -> Tensor:
     return (weights.unsqueeze(-1) * x).sum(1)
 
 
+def scored_pool(x: Tensor, scores: Tensor) -> Tensor:
+    return (torch.softmax(scores, 1).unsqueeze(1) @ x).squeeze(1)
+
+
+def scored_product_pool(x: Tensor, scores: Tensor) -> Tensor:
+    return (torch.softmax(scores, 1).unsqueeze(-1) * x).sum(1)
+
+
 def attention_pool(x: Tensor, query: Tensor) -> Tensor:
     queries = query.reshape(1, 1, -1, x.shape[2]).expand(x.shape[0], -1, -1, -1)
     tokens = x.unsqueeze(1)
@@ -117,6 +125,16 @@ def padded(device: torch.device, one_query: bool) -> list[Contender]:
     return found
 
 
+def scored(device: torch.device) -> list[Contender]:
+    names = ("x", "scores")
+    return [
+        _plain("eager", "eager", scored_pool, names),
+        _plain("eager products", "eager", scored_product_pool, names),
+        _compiled("compile", scored_pool, names, device),
+        _compiled("compile products", scored_product_pool, names, device),
+    ]
+
+
 def packed(lengths: Sequence[int], device: torch.device) -> list[Contender]:
     bags, longest, tokens = len(lengths), max(lengths), sum(lengths)
     names = ("x", "query")
@@ -162,10 +180,35 @@ def packed(lengths: Sequence[int], device: torch.device) -> list[Contender]:
     ]
 
 
+def _bind_timm(inputs: Inputs) -> Bound:
+    """One head, no projections but that of keys and values, which are one another: the published layer."""
+    pools = optional("timm.layers", "timm")
+    hidden, channels = inputs["weight_in"].shape
+    if hidden != channels:
+        raise Skip(f"timm's layer has as many channels behind its projection as before, not {channels} -> {hidden}")
+    x = inputs["x"]
+    try:
+        pool = pools.AttentionPoolLatent(channels, out_features=0, num_heads=1, q_proj=False).to(x)
+    except (AttributeError, TypeError) as error:
+        raise Skip(f"this timm has no AttentionPoolLatent without a query's projection ({error})") from error
+
+    def forward() -> Tensor:
+        parameters = {
+            "latent": (inputs["weight_out"] * channels**0.5).unsqueeze(0),
+            "kv.weight": torch.cat([inputs["weight_in"]] * 2),
+            "kv.bias": torch.cat([inputs["bias_in"]] * 2),
+        }
+        # The score bias cancels; it takes part with factor 0, so that it has a gradient.
+        return torch.func.functional_call(pool, parameters, (x,)) + 0.0 * inputs["bias_out"]
+
+    return Bound(forward, {name: tensor for name, tensor in inputs.items() if tensor.requires_grad})
+
+
 def layer(device: torch.device) -> list[Contender]:
     names = ("x", "weight_in", "bias_in", "weight_out", "bias_out")
     return [
         _plain("eager", "eager", published_layer, names),
         _compiled("compile", published_layer, names, device),
         _plain("sdpa", "sdpa", attention_layer, names),
+        Contender("timm", "timm", _bind_timm),
     ]

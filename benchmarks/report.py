@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from .results import Row, Run
 
@@ -90,14 +91,22 @@ def text(run: Run) -> str:
 
 def write_csv(path: Path, runs: Iterable[Run]) -> None:
     """Every row of every run, with the versions it was measured with."""
-    extra = ("fusefeat_version", "torch_version", "processor")
+    extra = ("used_by", "fusefeat_version", "torch_version", "processor")
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Row)] + list(extra))
         writer.writeheader()
         for run in runs:
             origin = (run.environment[name] for name in ("fusefeat", "torch", "processor"))
-            constant = dict(zip(extra, origin, strict=True))
-            writer.writerows(asdict(row) | constant for row in run.rows)
+            constant = dict(zip(extra[1:], origin, strict=True))
+            writer.writerows(asdict(row) | constant | {"used_by": run.about.get(row.case, "")} for row in run.rows)
+
+
+def write_plain_csv(path: Path, rows: Sequence[Any]) -> None:
+    """Rows that are dataclasses of one kind."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(rows[0])] if rows else [])
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
 
 
 def to_json(runs: Iterable[Run]) -> str:

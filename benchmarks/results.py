@@ -30,6 +30,7 @@ class Row:
     contender: str
     kind: str
     peer: str = ""
+    caches: str = "warm"
     status: str = "ok"
     reason: str = ""
     median_ms: float | None = None

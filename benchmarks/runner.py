@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import gate, memory, timing
+from . import cold, gate, memory, timing
 from .case import MODES, Bound, Case, Contender, Inputs, Skip
 from .floor import floors
 from .results import Row, best_peer
@@ -18,7 +18,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Settings:
-    """``peers`` None: all of them."""
+    """``peers`` None: all of them. ``cold``: no call finds its inputs in the caches."""
 
     device: torch.device
     threads: int
@@ -26,6 +26,7 @@ class Settings:
     seconds: float
     huge_pages: str
     peers: Collection[str] | None = None
+    cold: bool = False
 
 
 @dataclass
@@ -116,7 +117,13 @@ def _fill(row: Row, times: list[float], work_bytes: int, work_flops: int) -> Non
 
 
 def _mode_rows(
-    case: Case, dtype_name: str, mode: str, entrants: list[_Entrant], inputs: Inputs, grad_out: Tensor, s: Settings
+    case: Case,
+    dtype_name: str,
+    mode: str,
+    entrants: list[_Entrant],
+    all_inputs: list[Inputs],
+    grad_out: Tensor,
+    s: Settings,
 ) -> list[Row]:
     def new_row(contender: str, kind: str) -> Row:
         return Row(
@@ -130,12 +137,13 @@ def _mode_rows(
             mode,
             contender,
             kind,
+            caches="cold" if s.cold else "warm",
         )
 
     work = case.work[mode]
     slices: dict[str, timing.Slice] = {}
     rows: dict[str, Row] = {}
-    found = floors(inputs["x"], case.matmul)
+    found = cold.rotating_floors([floors(inputs["x"], case.matmul) for inputs in all_inputs])
     for name, floor in found.items():
         rows[name] = new_row(name, "floor")
         slices[name] = timing.repeated(floor.call, s.threads, s.seconds, grad=False)
@@ -167,6 +175,35 @@ def _mode_rows(
     return list(rows.values())
 
 
+@dataclass(frozen=True)
+class Ready:
+    """One contender through the gate: by mode, what times it, or the reason against."""
+
+    slices: dict[str, timing.Slice]
+    refused: dict[str, str]
+
+
+def make_ready(case: Case, contender: str, settings: Settings) -> Ready:
+    """For whoever does the rounds himself."""
+    torch._dynamo.reset()
+    inputs = _leaf_inputs(case)
+    entrants, grad_out = _at_the_gate(case, inputs, settings)
+    entrant = next(e for e in entrants if e.contender.name == contender)
+    slices = {
+        mode: _slice(mode, entrant.bound, grad_out, settings)
+        for mode in MODES
+        if mode not in entrant.refused and entrant.bound is not None
+    }
+    return Ready(slices, {mode: ": ".join(reason) for mode, reason in entrant.refused.items()})
+
+
+def _leaf_inputs(case: Case) -> Inputs:
+    inputs = case.inputs()
+    for name in case.leaves:
+        inputs[name].requires_grad_()
+    return inputs
+
+
 def run_case(case: Case, dtype_name: str, settings: Settings, say: Say) -> list[Row]:
     """All rows of a case in one dtype."""
     # Each case compiles for its own shapes; without this the second shape would be compiled as a dynamic one.
@@ -174,12 +211,14 @@ def run_case(case: Case, dtype_name: str, settings: Settings, say: Say) -> list[
     torch.set_num_threads(settings.threads)
     label = f"{case.family} {case.name} {case.shape} {dtype_name}"
     say(f"{label}: gate")
-    inputs = case.inputs()
-    for name in case.leaves:
-        inputs[name].requires_grad_()
+    inputs = _leaf_inputs(case)
+    all_inputs = [inputs]
+    if settings.cold:
+        all_inputs = cold.copies(inputs, cold.cache_bytes(settings.device))
+        case = cold.rotating(case, all_inputs)
     entrants, grad_out = _at_the_gate(case, inputs, settings)
     rows: list[Row] = []
     for mode in MODES:
         say(f"{label}: {mode}")
-        rows += _mode_rows(case, dtype_name, mode, entrants, inputs, grad_out, settings)
+        rows += _mode_rows(case, dtype_name, mode, entrants, all_inputs, grad_out, settings)
     return rows

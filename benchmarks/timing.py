@@ -85,11 +85,11 @@ def both_slice(bound: Bound, grad_out: Tensor, threads: int, seconds: float) -> 
 def backward_slice(bound: Bound, grad_out: Tensor, threads: int, seconds: float) -> Slice:
     """Backward alone, each time after a forward that is not timed: a kept graph would need retain_graph, which
     changes what is freed and, under torch.compile, what may be overwritten."""
-    leaves = list(bound.leaves.values())
     cuda = grad_out.is_cuda
 
     def once() -> float:
         out = bound.forward()
+        leaves = list(bound.leaves.values())
         if cuda:
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()

@@ -15,7 +15,7 @@ namespace fusefeat::cpu {
 
 // Asks for huge pages inside a large fresh output before its first write: page faults on small pages cost
 // several times what writing the values does.
-inline void advise_huge_pages(void* data, int64_t bytes, int64_t worthwhile = 32 << 20) {
+inline void advise_huge_pages(void* data, int64_t bytes, int64_t worthwhile = 4 << 20) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t page = 2 << 20;
   if (bytes < worthwhile) return;

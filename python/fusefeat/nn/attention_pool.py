@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from .. import checks
+from .. import backends, checks
 from ..functional.attention_pool import _attention_pool
-from ..reference.attention_pool import NEG_INF, acc_dtype
+from ..ops import attention_pool as pools
+from ..ops.native import without_autocast
+from ..reference import attention_pool as reference
 
 
 class AttentionPool(nn.Module):
@@ -72,23 +75,31 @@ class AttentionPool(nn.Module):
                 f"AttentionPool: x must have input_size = {self.linear_in.in_features} channels, got "
                 f"{checks.describe(x)}"
             )
-        for name, parameter in self.named_parameters():
-            checks.dtype_of_or_acc("AttentionPool", name, parameter, "x", x)
-            checks.same_device("AttentionPool", name, parameter, "x", x)
-        acc = acc_dtype(x.dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            weight_in = self.linear_in.weight.to(acc)
-            score = (self.linear_out.weight.to(acc) @ weight_in).squeeze(0)
-            if self.linear_out.bias is not None:
-                # Takes part in the graph, so that its gradient is 0 rather than None, and in nothing else.
-                never = torch.zeros((), dtype=torch.bool, device=x.device)
-                score = score + torch.where(never, self.linear_out.bias.to(acc), 0.0)
-            pooled, lse, weights = _attention_pool(x, score, mask, cu_seqlens, 1.0, return_weights, self.backend)
-            out = F.linear(pooled, weight_in)
-            if self.linear_in.bias is not None:
-                out = out + torch.where((lse != NEG_INF)[:, None], self.linear_in.bias.to(acc), 0.0)
+        for linear in ("linear_in", "linear_out"):
+            module = getattr(self, linear)
+            for name, parameter in (("weight", module.weight), ("bias", module.bias)):
+                if parameter is not None and (parameter.dtype != x.dtype or parameter.device != x.device):
+                    checks.dtype_of_or_acc("AttentionPool", f"{linear}.{name}", parameter, "x", x)
+                    checks.same_device("AttentionPool", f"{linear}.{name}", parameter, "x", x)
+        with without_autocast(x):
+            out, weights = self._pool(x, mask, cu_seqlens, return_weights)
         out = out.to(x.dtype)
         return (out, weights.to(x.dtype)) if return_weights else out
+
+    def _pool(
+        self, x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, return_weights: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The result and the weights in the accumulation type."""
+        first, last = self.linear_in, self.linear_out
+        args = (x, first.weight, first.bias, last.weight, last.bias, mask, cu_seqlens)
+        chosen = backends.choose("attention_pool", self.backend, x)
+        if chosen == "reference" or torch.compiler.is_compiling() or backends.under_transform():
+            pool = partial(_attention_pool, need_weights=return_weights, backend=chosen)
+            out, _, _, weights, _ = reference.attention_layer(*args, pool=pool)
+        else:
+            checks.no_forward_mode("AttentionPool", chosen, *args)
+            out, _, _, weights, _ = pools.layer(chosen)(*args, return_weights)
+        return out, weights
 
     def extra_repr(self) -> str:
         return f"input_size={self.linear_in.in_features}, hidden_size={self.linear_in.out_features}"

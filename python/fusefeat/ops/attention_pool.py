@@ -19,7 +19,7 @@ from .. import _library
 from ..reference import attention_pool as reference
 from ..reference.attention_pool import acc_dtype
 from .differentiable import Operator
-from .native import NativeOperators
+from .native import NativeOperators, without_autocast
 from .vmap import fold, loop, unfold
 
 
@@ -128,6 +128,84 @@ def _load_triton() -> bool:
 
         _LOADED["triton"] = _pools(kernels)
     return True
+
+
+@functools.cache
+def layer(backend: str) -> Operator:
+    """nn.AttentionPool in eager mode as one step of autograd: see there for what it computes.
+
+    Called as ``(x, weight_in, bias_in, weight_out, bias_out, mask, cu_seqlens, need_weights)``; returns out, pooled,
+    lse, weights and the query.
+    """
+    operator = pool("attention_pool", backend)
+
+    def forward(
+        x: Tensor, weight_in: Tensor, bias_in: Any, weight_out: Tensor, bias_out: Any, mask: Any, cu: Any, need: bool
+    ) -> tuple[Tensor, ...]:
+        acc = acc_dtype(x.dtype)
+        with without_autocast(x):
+            weight_in = weight_in.to(acc)
+            query = torch.mm(weight_out.to(acc), weight_in).squeeze(0)
+            pooled, lse, weights = operator.forward(x, query, mask, cu, 1.0, need)
+            out = torch.mm(pooled, weight_in.t())
+            if bias_in is not None:
+                out += torch.where((lse != reference.NEG_INF).unsqueeze(1), bias_in.to(acc), 0.0)
+        return out, pooled, lse, weights, query
+
+    def backward(
+        grad: Tensor,
+        grad_weights: Any,
+        x: Tensor,
+        weight_in: Tensor,
+        bias_in: Any,
+        weight_out: Tensor,
+        bias_out: Any,
+        mask: Any,
+        cu: Any,
+        out: Tensor,
+        pooled: Tensor,
+        lse: Tensor,
+        weights: Tensor,
+        query: Tensor,
+        needs: list[bool],
+    ) -> tuple[Tensor | None, ...]:
+        acc = acc_dtype(x.dtype)
+        grads: list[Tensor | None] = [None] * 5
+        with without_autocast(x):
+            inner = weight_in.to(acc)
+            need_query = needs[1] or needs[3]
+            grads[0], grad_query = operator.backward(
+                torch.mm(grad, inner), grad_weights, x, query, mask, cu, 1.0, pooled, lse, weights, needs[0], need_query
+            )
+            if needs[1]:
+                grads[1] = torch.addmm(grad.t() @ pooled, weight_out.to(acc).t(), grad_query.unsqueeze(0))
+            if needs[2]:
+                grads[2] = torch.where((lse != reference.NEG_INF).unsqueeze(1), grad, 0.0).sum(0)
+            if needs[3]:
+                grads[3] = torch.mv(inner, grad_query).unsqueeze(0)
+            if needs[4]:
+                grads[4] = torch.zeros_like(bias_out)
+        parameters = (x, weight_in, bias_in, weight_out, bias_out)
+        return tuple(
+            like.new_empty(0)
+            if found is None and like is not None
+            else found
+            if found is None
+            else found.to(like.dtype)
+            for found, like in zip(grads, parameters, strict=True)
+        )
+
+    return Operator(
+        forward,
+        backward,
+        reference.attention_layer,
+        wrt=(0, 1, 2, 3, 4),
+        backward_args=7,
+        grads=(0, 3),
+        saved=(0, 1, 2, 3, 4),
+        optional=(3, 7),
+        first_grad_required=True,
+    )
 
 
 def pool(name: str, backend: str) -> Operator:

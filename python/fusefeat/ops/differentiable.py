@@ -1,7 +1,8 @@
 """A forward operator and its backward operator, made differentiable to any order and under every transform.
 
-Eager mode and torch.func go through a pair of ``autograd.Function``; the registered autograd formula serves
-torch.compile and direct calls of the operators. Second derivatives are those of the plain PyTorch formula.
+Eager mode goes through one thin ``autograd.Function``, torch.func through a pair of them; the registered autograd
+formula serves torch.compile and direct calls of the operators. Second derivatives are those of the plain PyTorch
+formula.
 """
 
 from __future__ import annotations
@@ -20,6 +21,13 @@ VmapRule = Callable[[Callable[..., Any], int, Sequence[Any], Sequence[Any]], Any
 
 def _tuple(result: Any) -> tuple[Any, ...]:
     return tuple(result) if isinstance(result, (tuple, list)) else (result,)
+
+
+def _kernel(call: Callable[..., Any], args: Sequence[Any]) -> tuple[Any, ...]:
+    """Call an operator where no derivative is recorded. The formula registered with it is written in Python, and
+    merely passing by it takes longer than a small kernel."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return _tuple(call(*args))
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,17 +68,17 @@ class Operator:
         if torch.compiler.is_compiling():
             # An operator with an autograd formula gives silent zeros below a transform under compile.
             return _tuple(self.formula(*args[: self.backward_args]) if transformed else self.forward(*args))
-        if transformed or (
-            torch.is_grad_enabled() and any(args[i] is not None and args[i].requires_grad for i in self.wrt)
-        ):
+        if transformed:
             return _tuple(_Forward.apply(self, *args))
-        return _tuple(self.forward(*args))
+        if torch.is_grad_enabled() and any(args[i] is not None and args[i].requires_grad for i in self.wrt):
+            return _tuple(_Eager.apply(self, *args))
+        return _kernel(self.forward, args)
 
     def gradients(self, *args: Any) -> tuple[Any, ...]:
         """The backward operator, itself differentiable."""
         if torch._C._are_functorch_transforms_active() or torch.is_grad_enabled():
             return _tuple(_Backward.apply(self, *args))
-        return _tuple(self.backward(*args))
+        return _tuple(self.backward(*args)) if torch.compiler.is_compiling() else _kernel(self.backward, args)
 
     def register(self) -> Operator:
         """Register derivatives and vmap rules with the operators themselves, for compile and direct calls."""
@@ -182,6 +190,21 @@ class Operator:
         for position, second in zip(given, seconds[len(variables) :], strict=True):
             result[position] = second
         return tuple(result)
+
+
+class _Eager(torch.autograd.Function):
+    """Without ``setup_context``, which torch.func needs and whose arguments torch binds by their names, slowly."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Operator, *args: Any) -> Any:
+        outputs = _kernel(op.forward, args)
+        ctx.op = op
+        op._save(ctx, args, outputs)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return None, *ctx.op._gradients(ctx, ctx.op.gradients, grads, ctx.needs_input_grad[1:])
 
 
 class _Forward(torch.autograd.Function):

@@ -5,8 +5,12 @@ Every product is written as multiply-and-sum rather than as a matmul, so that au
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 NEG_INF = float("-inf")
 
@@ -107,3 +111,28 @@ def softmax_pool(
     keeps = [s != NEG_INF if mask is None else (s != NEG_INF) & mask for s in columns]
     out, lse, weights = _pool(values.to(acc), list(columns), keeps, cu_seqlens)
     return (out, lse, weights) if score_axis else (out.squeeze(1), lse.squeeze(1), weights.squeeze(-1))
+
+
+def attention_layer(
+    x: Tensor,
+    weight_in: Tensor,
+    bias_in: Tensor | None,
+    weight_out: Tensor,
+    bias_out: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    pool: Callable[..., Any] = attention_pool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """nn.AttentionPool by its factorisation, around any pool: out [B,H], pooled [B,D], lse [B], weights, query [D]."""
+    acc = acc_dtype(x.dtype)
+    weight_in = weight_in.to(acc)
+    query = (weight_out.to(acc) @ weight_in).squeeze(0)
+    if bias_out is not None:
+        # Takes part in the graph, so that its gradient is 0 rather than None, and in nothing else.
+        never = torch.zeros((), dtype=torch.bool, device=x.device)
+        query = query + torch.where(never, bias_out.to(acc), 0.0)
+    pooled, lse, weights = pool(x, query, mask, cu_seqlens, 1.0)
+    out = F.linear(pooled, weight_in)
+    if bias_in is not None:
+        out = out + torch.where((lse != NEG_INF)[:, None], bias_in.to(acc), 0.0)
+    return out, pooled, lse, weights, query
