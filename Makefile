@@ -20,7 +20,7 @@ BIN := $(VENV)/bin/
 BUILT := $(VENV)/.built
 endif
 
-.PHONY: help demo test fuzz scale lint format compat gpu-check benchmark build develop clean force
+.PHONY: help demo test fuzz scale lint format compat sanitize mutation gpu-check benchmark build develop clean force
 
 help:
 	@echo "make demo       set up, then train the attention-pooling classifier on bags of digits"
@@ -31,6 +31,8 @@ help:
 	@echo "make build      set up only: virtual environment, torch, compiled libraries"
 	@echo "make lint       check formatting, style and types;  make format  repairs the formatting"
 	@echo "make compat     one wheel, run under every supported torch"
+	@echo "make sanitize   compiled kernels under the address, undefined-behaviour and thread sanitizers (ARGS='thread')"
+	@echo "make mutation   plant faults one at a time and show that the tests catch each (ARGS='triton')"
 	@echo "make gpu-check  build, GPU tests, GPU benchmarks and compute-sanitizer, with the current Python, offline"
 	@echo "make clean      remove what was built (the virtual environment stays)"
 
@@ -51,6 +53,12 @@ benchmark: build
 
 compat: build
 	$(RUN) tests/compat/run.py $(ARGS)
+
+sanitize: build
+	$(RUN) tests/sanitize/run.py $(ARGS)
+
+mutation: build
+	$(RUN) tests/mutation $(ARGS)
 
 gpu-check:
 	$(PYTHON) tests/gpu/check.py $(ARGS)

@@ -1,6 +1,6 @@
 """Registers, spills and shared memory of every Triton kernel, compiled ahead of time; needs no GPU.
 
-The operators run on fake tensors and their launches are recorded, so what is compiled is what would be launched.
+The operators run and their launches are recorded, so what is compiled is what would be launched.
 
     python benchmarks/triton_resources.py [--full] [--arch 90 ...] [--jobs N]
 """
@@ -25,26 +25,34 @@ import torch
 import triton
 from fusefeat.triton import _attention_pool_backward as backward_kernels
 from fusefeat.triton import _attention_pool_forward as forward_kernels
-from fusefeat.triton import _attention_pool_tuning as tuning
+from fusefeat.triton import _shared_penalty_backward as shared_backward_kernels
+from fusefeat.triton import _shared_penalty_forward as shared_forward_kernels
+from fusefeat.triton import _shared_penalty_products as shared_product_kernels
 from fusefeat.triton import attention_pool as operators
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton_launches import ARCHS, all_cases, run_pools, run_shared, shared_cases
 
 KERNELS = {
     name: kernel
-    for module in (forward_kernels, backward_kernels)
+    for module in (
+        forward_kernels,
+        backward_kernels,
+        shared_forward_kernels,
+        shared_backward_kernels,
+        shared_product_kernels,
+    )
     for name, kernel in vars(module).items()
-    if name.startswith(("pool_", "sum_"))
+    if name.startswith(("pool_", "sum_", "shared_"))
 }
-ARCHS = (80, 90, 100)
 # Opt-in limit of one block, in bytes.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 # ptxas may park a few scalars of the outer loops in local memory to reach its next occupancy step. More than that is
 # register pressure: tokens or sums that leave the registers inside the loop over tokens.
 PARKED_LIMIT = 32
+DEFAULT_STAGES = 3
 TRITON_TYPES = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
@@ -65,6 +73,7 @@ class Launch:
     constants: tuple[tuple[str, Any], ...]
     divisible: tuple[str, ...]
     num_warps: int
+    num_stages: int
 
 
 @dataclass(frozen=True)
@@ -88,10 +97,9 @@ def specialise(kernel: Any, args: tuple[Any, ...], config: dict[str, Any]) -> La
     names = kernel.arg_names
     values = dict(zip(names, args, strict=False)) | {name: value for name, value in config.items() if name in names}
     signature, constants, divisible = [], [], []
-    for name in names:
+    for name, parameter in zip(names, kernel.params, strict=True):
         value = values[name]
-        is_constexpr = kernel.params[names.index(name)].is_constexpr
-        if is_constexpr or (type(value) is int and value == 1):
+        if parameter.is_constexpr or (type(value) is int and value == 1 and not parameter.do_not_specialize):
             signature.append((name, "constexpr"))
             constants.append((name, value))
         elif isinstance(value, Tensor):
@@ -99,11 +107,14 @@ def specialise(kernel: Any, args: tuple[Any, ...], config: dict[str, Any]) -> La
             divisible.append(name)
         elif type(value) is int:
             signature.append((name, "i32" if abs(value) < 2**31 else "i64"))
-            if value % 16 == 0:
+            if value % 16 == 0 and not parameter.do_not_specialize:
                 divisible.append(name)
         else:
             signature.append((name, "fp32"))
-    return Launch(kernel.__name__, tuple(signature), tuple(constants), tuple(divisible), config["num_warps"])
+    return Launch(
+        kernel.__name__, tuple(signature), tuple(constants), tuple(divisible),
+        config["num_warps"], config.get("num_stages", DEFAULT_STAGES),
+    )  # fmt: skip
 
 
 def launches_of(run: Any) -> list[Launch]:
@@ -121,79 +132,48 @@ def launches_of(run: Any) -> list[Launch]:
     return found
 
 
-def run_pools(dtype: torch.dtype, channels: int, queries: int | None, packed: bool, masked: bool, extras: bool) -> None:
-    """Forward and backward of both pools, on fake tensors."""
-    acc = torch.float64 if dtype == torch.float64 else torch.float32
-    bags, tokens = 16, 4096
-    shape = (bags * tokens,) if packed else (bags, tokens)
-    axis = () if queries is None else (queries,)
-    x = torch.empty(*shape, channels, dtype=dtype)
-    mask = torch.empty(shape, dtype=torch.bool) if masked and not packed else None
-    cu = torch.empty(bags + 1, dtype=torch.int32) if packed else None
-    query = torch.empty(*axis, channels, dtype=dtype)
-    scores = torch.empty(*shape, *axis, dtype=dtype)
-    grad_out = torch.empty(bags, *axis, channels, dtype=acc)
-    grad_weights = torch.empty(*shape, *axis, dtype=acc) if extras else None
-    out, lse, weights = operators.attention_pool(x, query, mask, cu, 0.5, extras)
-    operators.attention_pool_backward(
-        grad_out, grad_weights, x, query, mask, cu, 0.5, out, lse, weights, True, not (extras and masked)
-    )
-    out, lse, weights = operators.softmax_pool(x, scores, mask, cu, extras)
-    operators.softmax_pool_backward(
-        grad_out, grad_weights, x, scores, mask, cu, out, lse, weights, True, not (extras and masked)
-    )
+def shared_launches_of(run: Any) -> list[Launch]:
+    """Of operators that torch.compile does not trace, run on tensors in memory."""
+    found: list[Launch] = []
 
+    def recorder(kernel: Any, grid: Any) -> Any:
+        return lambda *args, **config: found.append(specialise(kernel, args, config))
 
-def all_cases(full: bool) -> list[tuple[Any, ...]]:
-    """(dtype, channels, queries, packed, masked, extras, the architectures to compile for)."""
-    widths = [row.block_d for row in tuning.FORWARD.rows[0]]
-    everything = (False, True)
-    if full:
-        dtypes = DTYPES.values()
-        cases = itertools.product(
-            dtypes, [10, *widths, 600, 8192], (None, 2, 3, 17), everything, everything, everything
-        )
-        return [(*case, ARCHS) for case in cases]
-    # Every configuration once; the options, dtypes and architectures on a few of them.
-    cases = [
-        (torch.bfloat16, width, queries, True, False, False, (90,)) for width in widths for queries in (None, 2, 4)
-    ]
-    cases += [(dtype, 512, None, False, True, False, ARCHS) for dtype in (torch.bfloat16, torch.float32)]
-    cases += [(torch.bfloat16, 512, 17, False, True, True, (80,)), (torch.bfloat16, 8192, 3, True, False, True, (90,))]
-    cases += [
-        (torch.float16, 600, None, False, False, True, (100,)),
-        (torch.float64, 256, 2, False, False, False, (90,)),
-    ]
-    return [
-        *cases,
-        (torch.float32, 10, 2, True, False, False, (80,)),
-        (torch.float32, 1024, 4, True, False, False, (100,)),
-    ]
+    with mock.patch.object(triton.JITFunction, "__getitem__", recorder):
+        run()
+    return found
 
 
 def all_launches(full: bool, archs: tuple[int, ...]) -> Iterator[tuple[Launch, int]]:
     seen = set()
-    for *case, case_archs in all_cases(full):
-        for launch in launches_of(lambda case=case: run_pools(*case)):
-            for arch in case_archs:
-                if arch in archs and (launch, arch) not in seen:
-                    seen.add((launch, arch))
-                    yield launch, arch
+    found = [(launches_of(lambda case=case: run_pools(*case)), wanted) for *case, wanted in all_cases(full)]
+    found += [(shared_launches_of(lambda case=case: run_shared(*case)), wanted) for *case, wanted in shared_cases(full)]
+    for launches, case_archs in found:
+        for launch, arch in itertools.product(launches, case_archs):
+            if arch in archs and (launch, arch) not in seen:
+                seen.add((launch, arch))
+                yield launch, arch
 
 
 def compile_launch(launch: Launch, arch: int) -> Resources:
     kernel = KERNELS[launch.kernel]
     attrs = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in launch.divisible}
     source = ASTSource(kernel, dict(launch.signature), dict(launch.constants), attrs)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": launch.num_warps})
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
         usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     use = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    flags = [f"{name}={int(value)}" for name, value in launch.constants if name.isupper()]
-    types = {kind[1:] for name, kind in launch.signature if name in ("x_ptr", "out_ptr", "weights_ptr", "partial_ptr")}
+    flags = [
+        f"{name}={int(value) if isinstance(value, int) else value}"
+        for name, value in launch.constants
+        if name.isupper()
+    ]
+    typed = ("x_ptr", "out_ptr", "weights_ptr", "partial_ptr", "input_ptr", "dz_ptr")
+    types = {kind[1:] for name, kind in launch.signature if name in typed}
     config = " ".join([*sorted(types), *flags, f"warps={launch.num_warps}"])
     return Resources(launch.kernel, config, arch, use["REG"], use["STACK"] + use["LOCAL"], compiled.metadata.shared)
 

@@ -6,6 +6,7 @@ training, validation and test bags come from disjoint sets of images.
 
     python examples/bags.py                    # fusefeat.AttentionPool
     python examples/bags.py --pooling gated    # gated attention: any score network + fusefeat.softmax_pool
+    python examples/bags.py --compare          # both, and the mean and the maximum of the bag
 """
 
 from __future__ import annotations
@@ -14,21 +15,21 @@ import copy
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import fusefeat
 import torch
 from bags_report import attention_picture, speed_table
-from harness import Run, fit, parser
-from sklearn.datasets import load_digits
+from harness import Metrics, Run, compare, digit_splits, fit, parser
 from sklearn.metrics import roc_auc_score
-from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 CHANNELS, HIDDEN = 512, 128
 SMALLEST, LARGEST, MOST_NINES = 8, 128, 4
 REQUIRED_AUC = 0.95
+Pooling = Literal["attention", "gated", "mean", "max"]
 
 
 @dataclass(frozen=True)
@@ -74,14 +75,9 @@ def pick(pool: Tensor, count: int) -> Tensor:
 
 
 def load_splits(seed: int) -> tuple[Digits, Digits, Digits]:
-    """Training, validation and test images: 60, 15 and 25 % of the digits that come with scikit-learn."""
-    data = load_digits()
-    images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16
-    digits = torch.tensor(data.target)
-    rest, test = train_test_split(range(len(digits)), test_size=0.25, random_state=seed, stratify=digits)
-    train, validation = train_test_split(rest, test_size=0.2, random_state=seed, stratify=digits[rest])
-    splits = [Digits(images[part], digits[part]) for part in (train, validation, test)]
-    return splits[0], splits[1], splits[2]
+    """Training, validation and test images."""
+    train, validation, test = (Digits(*split) for split in digit_splits(seed))
+    return train, validation, test
 
 
 class Gate(nn.Module):
@@ -108,10 +104,21 @@ class GatedPool(nn.Module):
         return fusefeat.softmax_pool(x, self.gate(x), cu_seqlens=cu_seqlens, return_weights=return_weights)
 
 
+class PlainPool(nn.Module):
+    """The mean or the maximum over the tokens of a bag."""
+
+    def __init__(self, reduction: Literal["mean", "max"]) -> None:
+        super().__init__()
+        self.reduction = reduction
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+        return torch.segment_reduce(x, self.reduction, offsets=cu_seqlens, axis=0)
+
+
 class BagClassifier(nn.Module):
     """A small CNN describes each digit, the pooling describes the bag, a linear layer decides."""
 
-    def __init__(self, pooling: Literal["attention", "gated"]) -> None:
+    def __init__(self, pooling: Pooling) -> None:
         super().__init__()
         self.encoder = nn.Sequential(
             nn.Conv2d(1, 16, 3, stride=2, padding=1),
@@ -125,7 +132,7 @@ class BagClassifier(nn.Module):
             self.pool = fusefeat.AttentionPool(CHANNELS, HIDDEN)
             self.head = nn.Sequential(nn.ReLU(), nn.Linear(HIDDEN, 1))
         else:
-            self.pool = GatedPool(CHANNELS, HIDDEN)
+            self.pool = GatedPool(CHANNELS, HIDDEN) if pooling == "gated" else PlainPool(pooling)
             self.head = nn.Sequential(nn.Linear(CHANNELS, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 1))
 
     def forward(self, bags: Bags) -> Tensor:
@@ -137,7 +144,7 @@ class BagClassifier(nn.Module):
         return self.head(pooled).squeeze(-1).sigmoid(), weights
 
 
-def evaluate(model: BagClassifier, batches: list[Bags]) -> dict[str, float]:
+def evaluate(model: BagClassifier, batches: list[Bags]) -> Metrics:
     logits = torch.cat([model(bags) for bags in batches])
     labels = torch.cat([bags.labels for bags in batches])
     return {
@@ -147,54 +154,79 @@ def evaluate(model: BagClassifier, batches: list[Bags]) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    arguments = parser(
-        "bags", "Find the bags of handwritten digits that contain a 9.", epochs=12, batch_size=32, lr=1e-3
-    )
-    arguments.add_argument("--pooling", choices=("attention", "gated"), default="attention")
-    arguments.add_argument("--steps", type=int, default=50, help="batches of new bags per epoch")
-    arguments.add_argument("--no-compile", action="store_true", help="leave torch.compile out of the speed table")
-    run = Run(arguments.parse_args())
+def train(run: Run, pooling: Pooling) -> tuple[BagClassifier, Metrics, Metrics]:
+    """The trained model, the metrics of its best epoch, and those on test bags."""
     args = run.args
-    if args.smoke:
-        args.steps, args.batch_size, args.no_compile = 4, 8, True
-
     train, validation, test = load_splits(args.seed)
     held_out = 2 if args.smoke else 16
     validation_batches = [bags.to(run.device) for bags in validation.batches(held_out, args.batch_size)]
     test_batches = [bags.to(run.device) for bags in test.batches(held_out, args.batch_size)]
-    model = BagClassifier(args.pooling).to(run.device)
+    model = BagClassifier(pooling).to(run.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
 
-    def step(model: BagClassifier, optimizer: torch.optim.Optimizer, bags: Bags) -> Tensor:
-        optimizer.zero_grad()
-        loss = F.binary_cross_entropy_with_logits(model(bags), bags.labels)
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
-
-    def train_epoch(epoch: int) -> dict[str, float]:
+    def train_epoch(epoch: int) -> Metrics:
         losses = []
         for bags in run.progress(train.batches(args.steps, args.batch_size), f"epoch {epoch}"):
             losses.append(step(model, optimizer, bags.to(run.device)))
         return {"train/loss": torch.stack(losses).mean().item()}
 
-    def validate() -> dict[str, float]:
+    def validate() -> Metrics:
         return {f"validation/{name}": value for name, value in evaluate(model, validation_batches).items()}
 
+    best = fit(run, model, optimizer, train_epoch, validate, score="validation/auc")
+    with torch.no_grad():
+        return model, best, evaluate(model, test_batches)
+
+
+def step(model: BagClassifier, optimizer: torch.optim.Optimizer, bags: Bags) -> Tensor:
+    optimizer.zero_grad()
+    loss = F.binary_cross_entropy_with_logits(model(bags), bags.labels)
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+def main() -> None:
+    arguments = parser(
+        "bags", "Find the bags of handwritten digits that contain a 9.", epochs=12, batch_size=32, lr=1e-3
+    )
+    arguments.add_argument("--pooling", choices=("attention", "gated"), default="attention")
+    arguments.add_argument(
+        "--compare", action="store_true", help="accuracy of all poolings, instead of picture and speed"
+    )
+    arguments.add_argument("--steps", type=int, default=50, help="batches of new bags per epoch")
+    arguments.add_argument("--no-compile", action="store_true", help="leave torch.compile out of the speed table")
+    run = Run(arguments.parse_args())
+    if run.args.smoke:
+        run.args.steps, run.args.batch_size, run.args.no_compile = 4, 8, True
+    if run.args.compare:
+        poolings: tuple[Pooling, ...] = ("mean", "max", "attention", "gated")
+        variants: dict[str, partial[Metrics]] = {pooling: partial(accuracy_of, pooling=pooling) for pooling in poolings}
+        compare(run, variants, score="auc", title="does the bag contain a 9?")
+    else:
+        demonstrate(run)
+
+
+def accuracy_of(run: Run, pooling: Pooling) -> Metrics:
+    return train(run, pooling)[2]
+
+
+def demonstrate(run: Run) -> None:
+    """Train with one pooling, show where the attention went and how long it takes."""
+    args = run.args
     run.say(f"{args.pooling} pooling on {run.device}, {torch.get_num_threads()} threads")
     start = time.perf_counter()
-    best = fit(run, model, optimizer, train_epoch, validate, score="validation/auc")
+    model, best, results = train(run, args.pooling)
     seconds = time.perf_counter() - start
+    splits = load_splits(args.seed)
+    shown = splits[2].draw([32, 32]).to(run.device)
     with torch.no_grad():
-        results = evaluate(model, test_batches)
-        shown = test.draw([32, 32]).to(run.device)
         probabilities, weights = model.explain(shown)
     attention_picture(run.out / "attention.png", shown, probabilities, weights)
     run.say(f"\ntrained in {seconds:.0f} s, best epoch {best['epoch']:.0f}")
     run.say(f"test accuracy {results['accuracy']:.4f}  test AUC {results['auc']:.4f}")
 
-    timed = train.batches(1, args.batch_size)[0].to(run.device)
+    timed = splits[0].batches(1, args.batch_size)[0].to(run.device)
     text, speed = speed_table(run, copy.deepcopy(model), timed, step)
     run.say(f"\n{text}")
     run.save_results({"test": results, "best": best, "milliseconds": speed})

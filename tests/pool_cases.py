@@ -192,6 +192,18 @@ def _(dtype: torch.dtype) -> Inputs:
     return Inputs(x, query)
 
 
+@attention("score of -inf beside a mask")
+def _(dtype: torch.dtype) -> Inputs:
+    x = rand(3, 12, 10, dtype=dtype)
+    query = rand(10, dtype=dtype)
+    query[0] = query[0].abs() + 0.5
+    x[0, 3, 0] = -INF
+    x[1, 2:, 0] = -INF  # all that the mask leaves
+    mask = torch.ones(3, 12, dtype=torch.bool)
+    mask[1:, :2] = False
+    return Inputs(x, query, mask)
+
+
 @attention("score of -inf for one query, +inf for the other")
 def _(dtype: torch.dtype) -> Inputs:
     x = rand(3, 12, 10, dtype=dtype)

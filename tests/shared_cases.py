@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from pool_cases import assert_close, rand, relative_rms
+from pool_cases import assert_close, on_device, rand, relative_rms
 from torch import Tensor
 
 NAN, INF = float("nan"), float("inf")
@@ -26,8 +26,9 @@ class Inputs:
     margin: float = 1.0
     grads: Callable[[Tensor], Tensor] = field(default=lambda g: g)
 
-    def leaves(self) -> dict[str, Tensor]:
-        named = {name: getattr(self, name) for name in ("input", "weight", "context", "bias", "row_weight", "prior")}
+    def leaves(self, device: str = "cpu") -> dict[str, Tensor]:
+        names = ("input", "weight", "context", "bias", "row_weight", "prior")
+        named = {name: on_device(getattr(self, name), device) for name in names}
         return {name: tensor.detach().requires_grad_() for name, tensor in named.items() if tensor is not None}
 
     def to(self, dtype: torch.dtype) -> Inputs:
@@ -208,22 +209,24 @@ def reg_outputs(function: Any, inputs: Inputs, leaves: dict[str, Tensor], backen
     return {"mean": mean, "sum": total, **stats._asdict()}
 
 
-def run(outputs: Callable[..., Result], function: Any, inputs: Inputs, backend: str | None, narrow: Any) -> Result:
+def run(
+    outputs: Callable[..., Result], function: Any, inputs: Inputs, backend: str | None, narrow: Any, device: str = "cpu"
+) -> Result:
     """All outputs, and the gradients of everything for random incoming gradients on every output at once."""
-    leaves = inputs.leaves()
+    leaves = inputs.leaves(device)
     result = outputs(function, inputs, leaves, backend)
     generator = torch.Generator().manual_seed(1)
     diff = [tensor for tensor in result.values() if tensor.requires_grad]
     grads = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(narrow) for t in diff]
-    grads = [inputs.grads(g).to(t.dtype) for g, t in zip(grads, diff, strict=True)]
+    grads = [inputs.grads(g.to(device)).to(t.dtype) for g, t in zip(grads, diff, strict=True)]
     found = torch.autograd.grad(diff, list(leaves.values()), grads, allow_unused=True)
     for name, grad in zip(leaves, found, strict=True):
         if grad is not None:
             result[f"grad {name}"] = grad
-    return {name: tensor.detach() for name, tensor in result.items()}
+    return {name: tensor.detach().cpu() for name, tensor in result.items()}
 
 
-def compare(outputs: Callable[..., Result], function: Any, inputs: Inputs, backend: str) -> None:
+def compare(outputs: Callable[..., Result], function: Any, inputs: Inputs, backend: str, device: str = "cpu") -> None:
     """Hold a backend to the reference in float64 on the same (already rounded) inputs.
 
     Four times the error that the reference itself makes in the type at hand is allowed where that is more: these
@@ -233,7 +236,7 @@ def compare(outputs: Callable[..., Result], function: Any, inputs: Inputs, backe
     grad_type = torch.float32 if narrow == torch.float64 else narrow
     exact = run(outputs, function, inputs.to(torch.float64), "reference", grad_type)
     plain = run(outputs, function, inputs, "reference", grad_type)
-    actual = run(outputs, function, inputs, backend, grad_type)
+    actual = run(outputs, function, inputs, backend, grad_type, device)
     assert actual.keys() == exact.keys()
     for name, tensor in actual.items():
         if outputs is matrix_outputs and inputs.margin == 100 and name.startswith("grad"):

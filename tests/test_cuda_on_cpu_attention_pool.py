@@ -1,11 +1,11 @@
 """The CUDA kernels of both pools, run on the CPU, against the reference."""
 
-import ctypes
 import math
 
 import pytest
 import torch
-from cuda_on_cpu.build import NAMESPACE, ROOT, build, compiler
+from cuda_on_cpu.build import NAMESPACE
+from cuda_on_cpu.kernels import bits, in_both_orders, kernel_library, poisoned_memory  # noqa: F401 (fixtures)
 from fusefeat.reference import attention_pool as reference
 
 HALF, BF16, FLOAT, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -15,43 +15,7 @@ TOLERANCE = {FLOAT: 2e-6, DOUBLE: 1e-14, HALF: 2**-11, BF16: 2**-8}
 NAN, INF = float("nan"), float("inf")
 
 
-@pytest.fixture(scope="session")
-def library(request):
-    if compiler() is None:
-        pytest.skip("no C++ compiler")
-    sources = [ROOT / "csrc" / "cuda" / "attention_pool.cu", ROOT / "csrc" / "schema.cpp"]
-    path = build(request.config.cache.mkdir("cuda_on_cpu"), "attention_pool", sources)
-    torch.ops.load_library(str(path))
-    return ctypes.CDLL(str(path))
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory(library):
-    """Outputs and scratch start as NaN, which shows what is left unwritten."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(before[0])
-    torch.utils.deterministic.fill_uninitialized_memory = before[1]
-
-
-def bits(tensor):
-    views = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return tensor.contiguous().view(views[tensor.element_size()])
-
-
-def in_both_orders(library, call):
-    """The operator's results; threads taken in the other order must not change a bit of them."""
-    first = call()
-    library.cuda_on_cpu_set_reverse(1)
-    try:
-        second = call()
-    finally:
-        library.cuda_on_cpu_set_reverse(0)
-    for a, b in zip(first, second, strict=True):
-        assert torch.equal(bits(a), bits(b))
-    return first
+pytestmark = pytest.mark.usefixtures("library", "poisoned_memory")
 
 
 def close(actual, expected, name, dtype=None):

@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from cuda_on_cpu.build import HERE, NAMESPACE, ROOT, SANITIZE, build, compiler
+from cuda_on_cpu.build import HERE, NAMESPACE, SANITIZE, build, compiler
+from cuda_on_cpu.kernels import build_kernels
 from test_cuda_on_cpu_layer import FAULTS
 
 
@@ -28,10 +29,9 @@ def run(sanitizer, *arguments):
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
-def test_pools(sanitizer, request):
-    sources = [ROOT / "csrc" / "cuda" / "attention_pool.cu", ROOT / "csrc" / "schema.cpp"]
-    library = build(request.config.cache.mkdir("cuda_on_cpu"), "attention_pool", sources, SANITIZE)
-    result = run(sanitizer, "pools", library, NAMESPACE)
+@pytest.mark.parametrize("family", ["pools", "shared"])
+def test_family(sanitizer, request, family):
+    result = run(sanitizer, family, build_kernels(request.config, "kernels", SANITIZE), NAMESPACE)
     assert result.returncode == 0 and result.stdout.strip() == "done", result.stderr[-4000:]
 
 

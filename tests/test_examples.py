@@ -6,9 +6,6 @@ import csv
 import importlib
 import json
 import math
-import os
-import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -16,37 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-
-
-def example(name: str, out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [
-        sys.executable,
-        str(EXAMPLES / f"{name}.py"),
-        "--smoke",
-        "--device",
-        "cpu",
-        "--out",
-        str(out),
-        *arguments,
-    ]
-    # One thread: thread pools of tests that run side by side would wait for each other.
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-
-
-def passes(name: str, out: Path, *arguments: str) -> str:
-    done = example(name, out, *arguments)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def numbers(tree: Any) -> list[float]:
-    if isinstance(tree, dict):
-        return [number for value in tree.values() for number in numbers(value)]
-    return [float(tree)]
+from example_runs import EXAMPLES, is_png, numbers, passes
 
 
 def model_of(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -58,10 +25,6 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
     assert one.keys() == other.keys()
     for name, value in one.items():
         assert torch.equal(value, other[name]), name
-
-
-def is_png(path: Path) -> bool:
-    return path.read_bytes().startswith(b"\x89PNG\r\n") and path.stat().st_size > 5000
 
 
 @pytest.fixture(scope="module")
@@ -103,12 +66,6 @@ def test_bags_resume_as_if_never_stopped(attention_bags: Path, tmp_path: Path) -
     assert (attention_bags / "curves.csv").read_text() == (rest / "curves.csv").read_text()
 
 
-def test_bags_resume_refuses_other_settings(attention_bags: Path) -> None:
-    other_seed = example("bags", attention_bags, "--resume", "--seed", "1")
-    assert other_seed.returncode == 1
-    assert "checkpoint.pt was made with seed=0, not 1" in other_seed.stderr
-
-
 @pytest.fixture
 def harness(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(EXAMPLES))
@@ -126,6 +83,23 @@ def test_only_full_runs_must_reach_their_goal(harness: Any, tmp_path: Path) -> N
     smoke.require("AUC", 0.5, 0.95)
     with pytest.raises(SystemExit, match="AUC is nan"):
         smoke.require("AUC", math.nan, 0.95)
+
+
+def test_resume_refuses_other_settings(harness: Any, tmp_path: Path) -> None:
+    arguments = harness.parser("name", "", epochs=1, batch_size=1, lr=0.1)
+    arguments.add_argument("--data", type=Path, default=tmp_path)
+
+    def train(*others: str) -> None:
+        run = harness.Run(arguments.parse_args(["--out", str(tmp_path), *others]))
+        model, optimizer = torch.nn.Linear(1, 1), torch.optim.SGD([torch.zeros(1)])
+        harness.fit(run, model, optimizer, lambda epoch: {}, lambda: {"a/b": 0.0}, score="a/b")
+
+    train()
+    train("--resume", "--epochs", "2")
+    with pytest.raises(SystemExit, match=r"checkpoint\.pt was made with seed=0, not 1"):
+        train("--resume", "--seed", "1")
+    with pytest.raises(SystemExit, match=r"was made with data=.*, not elsewhere"):
+        train("--resume", "--data", "elsewhere")
 
 
 def test_compilation_gives_up_with_a_reason(harness: Any) -> None:

@@ -9,7 +9,8 @@ import fusefeat
 import pool_cases
 import pytest
 import torch
-from cuda_on_cpu.build import NAMESPACE, ROOT, build, compiler
+from cuda_on_cpu.build import NAMESPACE
+from cuda_on_cpu.kernels import load_kernels
 from fusefeat import backends
 from fusefeat.ops import attention_pool as pools
 
@@ -21,11 +22,7 @@ def _seed() -> None:
 
 @pytest.fixture(scope="session")
 def cuda_pools(request: pytest.FixtureRequest) -> dict[str, Any]:
-    if compiler() is None:
-        pytest.skip("no C++ compiler")
-    sources = [ROOT / "csrc" / "cuda" / "attention_pool.cu", ROOT / "csrc" / "schema.cpp"]
-    path = build(request.config.cache.mkdir("cuda_on_cpu_shared"), "attention_pool", sources)
-    torch.ops.load_library(str(path))
+    load_kernels(request.config)
 
     class Operators:
         def __getattr__(self, name: str) -> Any:

@@ -11,6 +11,7 @@ import pytest
 import shared_cases
 import torch
 from fusefeat import backends
+from fusefeat.functional._shared import ordered_sum
 from torch import Tensor
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -63,7 +64,8 @@ def test_against_the_definition(backend: str) -> None:
     args = (rand(7, 5), rand(4, 5), rand(6, 5), rand(6))
     w, prior = torch.rand(11).double(), torch.rand(6).double()
     leaves = [tensor.requires_grad_() for tensor in (*args, w, prior)]
-    got = fusefeat.shared_penalty(*args, margin=0.6, row_weight=w, prior=prior, backend=backend)
+    keywords = {"margin": 0.6, "row_weight": w, "prior": prior, "backend": backend}
+    got, stats = fusefeat.shared_penalty(*args, **keywords, return_stats=True)
     want = definition(*args, 0.6, w, prior)
     torch.testing.assert_close(got, want)
     for mine, truth in zip(torch.autograd.grad(got, leaves), torch.autograd.grad(want, leaves), strict=True):
@@ -74,6 +76,18 @@ def test_against_the_definition(backend: str) -> None:
     torch.testing.assert_close(fusefeat.shared_assignment(*args, margin=0.6, backend=backend), z.softmax(1))
     reg = fusefeat.clamped_reg(*args, margin=0.6, row_weight=w, backend=backend)
     torch.testing.assert_close(reg, ((w / w.sum()) * clamped.mean(1)).sum())
+    total = fusefeat.clamped_reg(*args, margin=0.6, row_weight=w, reduction="sum", backend=backend)
+    torch.testing.assert_close(total, (w * clamped.sum(1)).sum())
+    apart = [
+        fusefeat.shared_penalty(*args, entropy_weight=e, balance_weight=b, **keywords) for e, b in ((3, 0), (0, 2))
+    ]
+    torch.testing.assert_close(apart[0] / 3 + apart[1] / 2, got)
+    torch.testing.assert_close(apart[0] / 3, stats.conditional_entropy)
+    some = torch.where(torch.arange(11) % 3 == 0, 0.0, w.detach())
+    _, clamp_stats = fusefeat.clamped_reg(*args, margin=0.6, row_weight=some, return_stats=True, backend=backend)
+    torch.testing.assert_close(clamp_stats.active_fraction, (z[some > 0] > 0.6).double().mean())
+    excess = fusefeat.clamped_reg(*args, margin=0.6, row_weight=w, subtract_floor=True, backend=backend)
+    torch.testing.assert_close(excess, ((w / w.sum()) * (clamped - 0.6).mean(1)).sum())
     both = fusefeat.shared_objective(*args, margin=0.6, row_weight=w, prior=prior, backend=backend)
     torch.testing.assert_close(both, (got, reg))
 
@@ -179,6 +193,12 @@ def test_gradcheck(backend: str) -> None:
     assert torch.autograd.gradgradcheck(objective, leaves)
     assert torch.autograd.gradcheck(matrices, leaves[:4])
     assert torch.autograd.gradgradcheck(matrices, leaves[:4])
+
+
+def test_sum_of_many_rows() -> None:
+    for count in (0, 1, 4096, 4097, 50_000):
+        values = torch.randn(count, dtype=torch.float64)
+        torch.testing.assert_close(ordered_sum(values), values.sum())
 
 
 def test_bitwise_equal_over_repeats_and_threads() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fusefeat
 import pytest
 import torch
 import triton_interpreter  # noqa: F401 - before fusefeat.triton
@@ -474,6 +475,17 @@ def test_traces_with_dynamic_shapes(given_scores):
         mask = torch.rand(shape) > 0.3
         for one, other in zip(traced(x, minor, mask), pool(x, minor, mask), strict=True):
             assert torch.equal(one, other)
+
+
+@both_pools
+def test_public_functions_compile(given_scores):
+    x, minor = tokens_and_minor(given_scores, (2, 9), 8, None)
+    function = fusefeat.softmax_pool if given_scores else fusefeat.attention_pool
+    traced = torch.compile(lambda x: function(x * 2, minor, backend="triton"), backend="aot_eager", fullgraph=True)
+    x.requires_grad_()
+    for found in (traced(x), *torch.autograd.grad(traced(x).sum(), x)):
+        assert found.isfinite().all()
+    assert torch.equal(traced(x), function(x * 2, minor, backend="triton"))
 
 
 @both_pools

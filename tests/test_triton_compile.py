@@ -25,6 +25,17 @@ KERNELS = {
     "pool_weight_dot",
     "pool_delta",
     "sum_partials",
+    "shared_row_statistics",
+    "shared_combine_rows",
+    "shared_column_sums",
+    "shared_matrix",
+    "shared_sum",
+    "shared_row_dots",
+    "shared_grad_logits",
+    "shared_assignment_dots",
+    "shared_grad_assignment",
+    "shared_grad_rows",
+    "shared_grad_weight",
 }
 
 

@@ -10,6 +10,8 @@
 #include <optional>
 #include <vector>
 
+#include "poison.h"
+
 namespace fusefeat {
 
 using torch::headeronly::ScalarType;
@@ -158,7 +160,9 @@ inline void check_backward(
 }
 
 inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type) {
-  return torch::stable::new_empty(like, shape, type);
+  Tensor tensor = torch::stable::new_empty(like, shape, type);
+  poison(tensor);
+  return tensor;
 }
 
 }  // namespace fusefeat

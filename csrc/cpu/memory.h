@@ -5,6 +5,8 @@
 #include <memory>
 #include <new>
 
+#include "../common/poison.h"
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -54,6 +56,7 @@ class Buffer {
     if (bytes <= 0) return;
     data_.reset(static_cast<char*>(::operator new(static_cast<size_t>(bytes), alignment)));
     advise_huge_pages(data_.get(), bytes);
+    poison(data_.get(), bytes);
   }
   char* get() const { return data_.get(); }
 

@@ -10,9 +10,14 @@
 
 namespace fusefeat::cpu {
 
+// The thread sanitizer's build sets it low: small problems then run on several threads.
+#ifndef FUSEFEAT_BYTES_PER_WORKER
+#define FUSEFEAT_BYTES_PER_WORKER (64 << 10)
+#endif
+
 // How many threads are worth waking for `items` items that touch `bytes` bytes.
 inline int64_t worker_count(int64_t items, int64_t bytes) {
-  constexpr int64_t bytes_per_worker = 64 << 10;
+  constexpr int64_t bytes_per_worker = FUSEFEAT_BYTES_PER_WORKER;
   const int64_t useful = std::min(items, bytes / bytes_per_worker);
   if (useful <= 1) return 1;
   return std::min<int64_t>(useful, torch::stable::get_num_threads());

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 # What may differ between a run and the run that resumes it.
-_FREE_ON_RESUME = {"epochs", "device", "out", "resume", "no_compile"}
+_FREE_ON_RESUME = {"epochs", "device", "out", "resume", "no_compile", "seeds"}
 
 
 def parser(name: str, description: str, *, epochs: int, batch_size: int, lr: float) -> argparse.ArgumentParser:
@@ -27,10 +27,15 @@ def parser(name: str, description: str, *, epochs: int, batch_size: int, lr: flo
     shared.add_argument("--batch-size", type=int, default=batch_size)
     shared.add_argument("--lr", type=float, default=lr, help="learning rate")
     shared.add_argument("--seed", type=int, default=0)
+    shared.add_argument("--seeds", type=int, default=1, help="repeat comparisons with this many seeds, from --seed on")
     shared.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     shared.add_argument("--out", type=Path, default=Path("out") / name, help="folder for everything that is written")
     shared.add_argument(
-        "--resume", nargs="?", const="", metavar="CHECKPOINT", help="continue from a checkpoint, by default the last"
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="PATH",
+        help="continue from a checkpoint or output folder; default: --out",
     )
     shared.add_argument(
         "--smoke", action="store_true", help="two epochs at most, for a test that all runs; the results mean nothing"
@@ -45,10 +50,11 @@ class Run:
         args: the parsed arguments.
         device: the chosen device.
         out: the output folder, created.
+        is_part: whether this is one of several trainings of a comparison.
     """
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
+    def __init__(self, args: argparse.Namespace, is_part: bool = False) -> None:
+        self.args, self.is_part = args, is_part
         if args.smoke:
             args.epochs = min(args.epochs, 2)
         cuda = torch.cuda.is_available()
@@ -60,13 +66,30 @@ class Run:
     @property
     def settings(self) -> dict[str, Any]:
         """The arguments that a resumed run must share with the run that it continues."""
-        return {key: value for key, value in vars(self.args).items() if key not in _FREE_ON_RESUME}
+        kept = {key: value for key, value in vars(self.args).items() if key not in _FREE_ON_RESUME}
+        return {key: str(value) if isinstance(value, Path) else value for key, value in kept.items()}
 
     @property
     def resume_from(self) -> Path | None:
         if self.args.resume is None:
             return None
-        return Path(self.args.resume) if self.args.resume else self.out / "checkpoint.pt"
+        path = Path(self.args.resume) if self.args.resume else self.out
+        if path.is_dir():
+            path = path / "checkpoint.pt"
+        # An interrupted comparison has parts that never began.
+        return None if self.is_part and not path.is_file() else path
+
+    @property
+    def quiet(self) -> bool:
+        """Whether to leave out the line per epoch: many trainings would print too many."""
+        return self.is_part and self.args.seeds > 1
+
+    def child(self, name: str, **settings: Any) -> Run:
+        """The run of one part, in a folder of its own below this one, freshly seeded."""
+        args = argparse.Namespace(**{**vars(self.args), **settings, "out": self.out / name})
+        if args.resume:
+            args.resume = str(Path(args.resume) / name)
+        return Run(args, is_part=True)
 
     def seed(self, *key: int) -> None:
         """Seed torch's random numbers by the run's seed and a key, such as the epoch."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ def fit(
     evaluate: Callable[[], Metrics],
     *,
     score: str,
+    lower_is_better: bool = False,
 ) -> Metrics:
     """Train for ``run.args.epochs`` epochs and leave the best epoch's weights in the model.
 
@@ -39,7 +40,7 @@ def fit(
     Args:
         train_epoch: trains for the epoch of the given number.
         evaluate: measures the model on held-out data, for choosing the best epoch.
-        score: the metric to choose by; higher is better.
+        score: the metric to choose by; the higher the better, unless ``lower_is_better``.
 
     Returns:
         The best epoch's metrics, and its number as "epoch".
@@ -53,6 +54,7 @@ def fit(
         rows, best = state["rows"], state["best"]
         run.say(f"resumed after epoch {len(rows)} from {run.resume_from}")
         bring_best(run, run.resume_from)
+        write_csv(run.out / "curves.csv", rows)
     for epoch in range(len(rows) + 1, run.args.epochs + 1):
         run.seed(epoch)
         model.train()
@@ -61,15 +63,17 @@ def fit(
         with torch.no_grad():
             row.update(evaluate())
         rows.append(row)
-        improved = best is None or row[score] > best[score]
+        improved = best is None or (row[score] < best[score] if lower_is_better else row[score] > best[score])
         best = row if improved or best is None else best
         save(run, model, optimizer, rows, best, improved)
         write_csv(run.out / "curves.csv", rows)
-        metrics = "  ".join(f"{name} {value:.4f}" for name, value in row.items() if name != "epoch")
-        run.say(f"epoch {epoch}/{run.args.epochs}  {metrics}{'  *' if improved else ''}")
+        if not run.quiet:
+            metrics = "  ".join(f"{name} {value:.4f}" for name, value in row.items() if name != "epoch")
+            run.say(f"epoch {epoch}/{run.args.epochs}  {metrics}{'  *' if improved else ''}")
     if best is None:
         run.fail("no epoch to train: --epochs must be at least 1")
-    draw_curves(run.out / "curves.png", rows)
+    if not run.is_part:
+        draw_curves(run.out / "curves.png", rows)
     model.load_state_dict(torch.load(run.out / "best.pt", map_location=run.device, weights_only=True)["model"])
     model.eval()
     return best
@@ -119,7 +123,7 @@ def bring_best(run: Run, checkpoint: Path) -> None:
         shutil.copyfile(best, run.out / "best.pt")
 
 
-def write_csv(path: Path, rows: list[Metrics]) -> None:
+def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
@@ -128,18 +132,33 @@ def write_csv(path: Path, rows: list[Metrics]) -> None:
 
 def draw_curves(path: Path, rows: list[Metrics]) -> None:
     """One panel per quantity, one line per split."""
-    panels: dict[str, list[str]] = {}
+    panels: dict[str, dict[str, list[list[float]]]] = {}
     for name in rows[0]:
         if name != "epoch":
-            panels.setdefault(name.split("/")[-1], []).append(name)
+            split, quantity = name.rsplit("/", 1)
+            panels.setdefault(quantity, {})[split] = [[row[name] for row in rows]]
+    draw_panels(path, [row["epoch"] for row in rows], panels)
+
+
+def draw_panels(path: Path, epochs: list[float], panels: dict[str, dict[str, list[list[float]]]]) -> None:
+    """One panel per title, one line per label: the mean of its repetitions, and their range as a band."""
+    # The variants of a comparison are the same in all panels.
+    shared = len(panels) > 1 and len({tuple(lines) for lines in panels.values()}) == 1
     figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), squeeze=False, layout="constrained")
-    epochs = [row["epoch"] for row in rows]
-    for axis, (quantity, names) in zip(axes[0], panels.items(), strict=True):
-        for name in names:
-            axis.plot(epochs, [row[name] for row in rows], marker="o", markersize=3, label=name.split("/")[0])
-        axis.set(title=quantity, xlabel="epoch")
+    for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
+        for label, repetitions in lines.items():
+            columns = list(zip(*repetitions, strict=True))
+            axis.plot(epochs, [sum(column) / len(column) for column in columns], marker="o", markersize=3, label=label)
+            if len(repetitions) > 1:
+                axis.fill_between(
+                    epochs, [min(column) for column in columns], [max(column) for column in columns], alpha=0.15
+                )
+        axis.set(title=title, xlabel="epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
-        axis.legend(frameon=False)
+        if not shared:
+            axis.legend(frameon=False)
+    if shared:
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -36,9 +36,6 @@ def _reference_unavailable() -> str | None:
     return None
 
 
-# Families that a backend has no kernels for.
-_WITHOUT = {"cuda": ("shared_penalty", "clamped_reg"), "triton": ("shared_penalty", "clamped_reg")}
-
 _FAMILY_OF = {
     "attention_pool": "attention_pool",
     "softmax_pool": "attention_pool",
@@ -58,11 +55,9 @@ class Backend:
     device_types: tuple[str, ...] | None
     why_unavailable: Callable[[], str | None]
 
-    def why_not(self, x: Tensor, family: str = "attention_pool") -> list[str]:
-        """Reasons not to run an op of ``family`` on this input; empty when it can."""
+    def why_not(self, x: Tensor) -> list[str]:
+        """Reasons not to run an op on this input; empty when it can."""
         reasons = []
-        if family in _WITHOUT.get(self.name, ()):
-            reasons.append(f"has no kernels for {family}")
         unavailable = self.why_unavailable()
         if unavailable is not None:
             reasons.append(unavailable)
@@ -92,24 +87,23 @@ def order(family: str, device_type: str) -> list[str]:
     """Backends in the order automatic dispatch asks them."""
     if family not in FAMILIES:
         raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {family!r}")
-    return [name for name in _ORDER.get(device_type, ("reference",)) if family not in _WITHOUT.get(name, ())]
+    return list(_ORDER.get(device_type, ("reference",)))
 
 
 def choose(function: str, requested: str | None, x: Tensor) -> str:
     """The name of the backend to run ``function`` on x, or a ValueError that gives every reason against."""
-    family = _FAMILY_OF[function]
     if requested is None:
-        for name in _ORDER.get(x.device.type, ("reference",)):
-            if not BACKENDS[name].why_not(x, family):
+        for name in order(_FAMILY_OF[function], x.device.type):
+            if not BACKENDS[name].why_not(x):
                 return name
     if requested is not None and not isinstance(requested, str):
         raise TypeError(f"{function}: backend must be a string or None, got {type(requested).__name__} {requested!r}")
     if requested not in BACKENDS:
         raise ValueError(f"{function}: backend must be None or one of {', '.join(BACKENDS)}, got {requested!r}")
-    reasons = BACKENDS[requested].why_not(x, family)
+    reasons = BACKENDS[requested].why_not(x)
     if reasons:
         others = "; ".join(
-            f"{name}: {', '.join(backend.why_not(x, family)) or 'available'}"
+            f"{name}: {', '.join(backend.why_not(x)) or 'available'}"
             for name, backend in BACKENDS.items()
             if name != requested
         )

@@ -23,6 +23,7 @@ FLAGS = [
     "-fno-strict-aliasing",
     "-U_FORTIFY_SOURCE",  # its longjmp refuses to switch stacks
     "-DTORCH_TARGET_VERSION=0x020b000000000000",
+    "-DFUSEFEAT_CHUNK_BYTES=131072",
     f"-Dfusefeat={NAMESPACE}",  # operators of a namespace of their own, for CPU tensors
     f"-isystem{TORCH / 'include'}",
     f"-I{HERE}",
@@ -48,7 +49,8 @@ def _digest(command: list[str], sources: list[Path]) -> str:
 
 def build(folder: Path, name: str, sources: list[Path], extra: list[str] | None = None) -> Path:
     """The shared library of ``sources`` and the scheduler, from ``folder`` when nothing has changed."""
-    flags = [*FLAGS, *(extra or [])]
+    extra = [*(extra or []), *os.environ.get("CUDA_ON_CPU_FLAGS", "").split()]
+    flags = [*FLAGS, *extra]
     cxx = compiler()
     assert cxx is not None
     sources = [*sources, HERE / "scheduler.cpp"]
@@ -56,16 +58,17 @@ def build(folder: Path, name: str, sources: list[Path], extra: list[str] | None 
     if library.exists():
         return library
     objects = [folder / f"{library.stem}-{path.stem}.o" for path in sources]
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
 
     def compile_one(source: Path, target: Path) -> None:
-        subprocess.run([cxx, *flags, "-x", "c++", "-c", str(source), "-o", str(target)], check=True)
+        subprocess.run([cxx, *flags, "-x", "c++", "-c", str(source), "-o", str(target)], check=True, env=environment)
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(compile_one, sources, objects))
     torch_library = TORCH / "lib"
     link = [*map(str, objects), f"-L{torch_library}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{torch_library}"]
     partial = library.with_suffix(f".{os.getpid()}")
-    subprocess.run([cxx, "-shared", *(extra or []), *link, "-o", str(partial)], check=True)
+    subprocess.run([cxx, "-shared", *extra, *link, "-o", str(partial)], check=True, env=environment)
     partial.rename(library)
     for path in objects:
         path.unlink()

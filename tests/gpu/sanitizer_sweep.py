@@ -58,6 +58,23 @@ def outcome(
     return [out, weights, *torch.autograd.grad(loss, (x, other))]
 
 
+def shared_cases() -> Iterator[tuple[str, tuple[Tensor, ...]]]:
+    """Name, and input, context, weight, bias and row weights of the shared objective."""
+    for dtype in TOLERANCE:
+        for channels, features in ((33, 150), (48, 1100)):
+            sizes = (70, channels), (65, channels), (features, channels), (features,)
+            tensors = [torch.randn(*size) / channels**0.5 for size in sizes]
+            row_weight = torch.rand(135) * (torch.rand(135) < 0.8)
+            name = f"{str(dtype).removeprefix('torch.')} {channels} {features}"
+            yield name, tuple(tensor.to(dtype) for tensor in (*tensors, row_weight))
+
+
+def shared_outcome(inputs: tuple[Tensor, ...], backend: str, device: str) -> list[Tensor]:
+    x, context, weight, bias, row_weight = (tensor.to(device).requires_grad_() for tensor in inputs)
+    out = fusefeat.shared_objective(x, context, weight, bias, row_weight=row_weight, backend=backend)
+    return [*out, *torch.autograd.grad(out[0] + out[1], (x, weight))]
+
+
 def check(label: str, got: list[Tensor], want: list[Tensor], tolerance: float) -> int:
     wrong = 0
     for part, ours, theirs in zip(("out", "weights", "grad 0", "grad 1"), got, want, strict=True):
@@ -92,6 +109,11 @@ def main() -> int:
                 want = outcome(name, (x.double(), other.double()), options, step, "reference", "cpu")
                 wrong += check(f"{backend} {name} {label}", got, want, TOLERANCE[x.dtype])
                 ran += 1
+        for label, inputs in shared_cases():
+            got = shared_outcome(inputs, backend, arguments.device)
+            want = shared_outcome(tuple(tensor.double() for tensor in inputs), "reference", "cpu")
+            wrong += check(f"{backend} shared_objective {label}", got, want, TOLERANCE[inputs[0].dtype])
+            ran += 1
     print(f"{ran} cases ran, {wrong} were wrong", flush=True)
     return 1 if wrong else 0
 

@@ -47,7 +47,7 @@ def clamped_activation(
     if chosen == "reference":
         return reference.activation(*args).to(input.dtype)
     checks.no_forward_mode("clamped_activation", chosen, *logits)
-    return operators.operator("clamped_activation")(*args)[0].to(input.dtype)
+    return operators.operator("clamped_activation", chosen)(*args)[0].to(input.dtype)
 
 
 def check_reduction(function: str, reduction: object) -> None:
@@ -118,6 +118,6 @@ def clamped_reg(
         row_excess, fired = reference.statistics(*logits)
     else:
         checks.no_forward_mode("clamped_reg", chosen, *logits)
-        row_excess, fired = operators.operator("clamped_reg")(*logits)
+        row_excess, fired = operators.operator("clamped_reg", chosen)(*logits)
     reg, stats = reduce(logits, row_excess, fired, subtract_floor, reduction)
     return (reg, stats) if return_stats else reg

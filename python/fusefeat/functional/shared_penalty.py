@@ -64,7 +64,7 @@ def shared_assignment(
     if chosen == "reference":
         return reference.assignment(*args).to(input.dtype)
     checks.no_forward_mode("shared_assignment", chosen, *logits)
-    return operators.operator("shared_assignment")(*args)[0].to(input.dtype)
+    return operators.operator("shared_assignment", chosen)(*args)[0].to(input.dtype)
 
 
 def _statistics(function: str, logits: Logits, backend: str | None, with_clamp: bool) -> tuple[Tensor, ...]:
@@ -75,8 +75,8 @@ def _statistics(function: str, logits: Logits, backend: str | None, with_clamp: 
     checks.no_forward_mode(function, chosen, *logits)
     keep = 0
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        keep = operators.rows_to_keep(logits.rows, logits.features, logits.input.dtype)
-    return operators.operator("shared_penalty")(*logits, with_clamp, keep)[:5]
+        keep = operators.rows_to_keep(logits.rows, logits.features, logits.input.dtype, chosen, logits.operand)
+    return operators.operator("shared_penalty", chosen)(*logits, with_clamp, keep)[:5]
 
 
 def _all_reduce(value: Tensor, process_group: Any) -> Tensor:

@@ -8,6 +8,7 @@ accumulation type and lse in float64.
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -114,14 +115,20 @@ def _native() -> dict[str, Operator]:
     return _pools(NativeOperators())
 
 
-@functools.cache
-def _triton() -> dict[str, Operator]:
-    from ..triton import attention_pool as kernels  # imports triton, which is optional
-
-    return _pools(kernels)
-
-
 _NATIVE = _native() if _library.STATE.cpu_loaded else {}
+_LOADED = {"cpu": _NATIVE, "cuda": _NATIVE}
+_LOCK = threading.Lock()
+
+
+@torch.compiler.assume_constant_result  # torch.compile runs it instead of tracing into the registration
+def _load_triton() -> bool:
+    with _LOCK:
+        if "triton" in _LOADED:
+            return True
+        from ..triton import attention_pool as kernels  # imports triton, which is optional
+
+        _LOADED["triton"] = _pools(kernels)
+    return True
 
 
 @functools.cache
@@ -204,4 +211,6 @@ def layer(backend: str) -> Operator:
 
 def pool(name: str, backend: str) -> Operator:
     """The pool ``name`` on a compiled backend ("cpu", "cuda" or "triton")."""
-    return (_triton() if backend == "triton" else _NATIVE)[name]
+    if backend == "triton":
+        _load_triton()
+    return _LOADED[backend][name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -20,6 +21,10 @@ def _activation_formula(*args: Any) -> tuple[Tensor]:
 
 
 def _operators(ops: Any) -> dict[str, Operator]:
+    torch.library.register_fake(ops.clamped_reg, _fake_statistics)
+    torch.library.register_fake(ops.clamped_activation, _fake_activation)
+    torch.library.register_fake(ops.clamped_reg_backward, _fake_backward)
+    torch.library.register_fake(ops.clamped_activation_backward, _fake_backward)
     return {
         "clamped_reg": Operator(
             ops.clamped_reg,
@@ -58,16 +63,27 @@ def _fake_backward(grad: Tensor, context: Any, input: Tensor, weight: Tensor, bi
 
 
 def _native() -> dict[str, Operator]:
-    torch.library.register_fake("fusefeat::clamped_reg", _fake_statistics)
-    torch.library.register_fake("fusefeat::clamped_activation", _fake_activation)
-    torch.library.register_fake("fusefeat::clamped_reg_backward", _fake_backward)
-    torch.library.register_fake("fusefeat::clamped_activation_backward", _fake_backward)
     return _operators(NativeOperators())
 
 
 _NATIVE = _native() if _library.STATE.cpu_loaded else {}
+_LOADED = {"cpu": _NATIVE, "cuda": _NATIVE}
+_LOCK = threading.Lock()
 
 
-def operator(name: str) -> Operator:
-    """``clamped_reg`` (the statistics) or ``clamped_activation``."""
-    return _NATIVE[name]
+@torch.compiler.assume_constant_result  # torch.compile runs it instead of tracing into the registration
+def _load_triton() -> bool:
+    with _LOCK:
+        if "triton" in _LOADED:
+            return True
+        from ..triton import clamped_reg as kernels  # imports triton, which is optional
+
+        _LOADED["triton"] = _operators(kernels)
+    return True
+
+
+def operator(name: str, backend: str) -> Operator:
+    """``clamped_reg`` (the statistics) or ``clamped_activation`` on backend "cpu", "cuda" or "triton"."""
+    if backend == "triton":
+        _load_triton()
+    return _LOADED[backend][name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -18,8 +19,14 @@ from .native import NativeOperators
 KEPT_BYTES = 32 * 2**20
 
 
-def rows_to_keep(rows: int, features: int, dtype: torch.dtype) -> int:
-    """How many rows' logits are kept for the backward: all when they take at most KEPT_BYTES, else none."""
+def rows_to_keep(rows: int, features: int, dtype: torch.dtype, backend: str = "cpu", operand: int = 0) -> int:
+    """How many rows' logits are kept for the backward: all when they take at most KEPT_BYTES, else none.
+
+    None on a GPU's tensor cores either, by estimate: at the usual widths they compute a product of half types about as
+    fast as memory gives it back in float32.
+    """
+    if backend == "triton" and (operand != 0 or dtype.itemsize == 2):
+        return 0
     return rows if rows * features * acc_dtype(dtype).itemsize <= KEPT_BYTES else 0
 
 
@@ -36,6 +43,10 @@ def _assignment_formula(*args: Any) -> tuple[Tensor]:
 
 
 def _operators(ops: Any) -> dict[str, Operator]:
+    torch.library.register_fake(ops.shared_penalty, _fake_statistics)
+    torch.library.register_fake(ops.shared_penalty_backward, _fake_statistics_backward)
+    torch.library.register_fake(ops.shared_assignment, _fake_assignment)
+    torch.library.register_fake(ops.shared_assignment_backward, _fake_assignment_backward)
     return {
         "shared_penalty": Operator(
             ops.shared_penalty,
@@ -103,16 +114,27 @@ def _fake_assignment_backward(
 
 
 def _native() -> dict[str, Operator]:
-    torch.library.register_fake("fusefeat::shared_penalty", _fake_statistics)
-    torch.library.register_fake("fusefeat::shared_penalty_backward", _fake_statistics_backward)
-    torch.library.register_fake("fusefeat::shared_assignment", _fake_assignment)
-    torch.library.register_fake("fusefeat::shared_assignment_backward", _fake_assignment_backward)
     return _operators(NativeOperators())
 
 
 _NATIVE = _native() if _library.STATE.cpu_loaded else {}
+_LOADED = {"cpu": _NATIVE, "cuda": _NATIVE}
+_LOCK = threading.Lock()
 
 
-def operator(name: str) -> Operator:
-    """``shared_penalty`` (the statistics) or ``shared_assignment``."""
-    return _NATIVE[name]
+@torch.compiler.assume_constant_result  # torch.compile runs it instead of tracing into the registration
+def _load_triton() -> bool:
+    with _LOCK:
+        if "triton" in _LOADED:
+            return True
+        from ..triton import shared_penalty as kernels  # imports triton, which is optional
+
+        _LOADED["triton"] = _operators(kernels)
+    return True
+
+
+def operator(name: str, backend: str) -> Operator:
+    """``shared_penalty`` (the statistics) or ``shared_assignment`` on backend "cpu", "cuda" or "triton"."""
+    if backend == "triton":
+        _load_triton()
+    return _LOADED[backend][name]

@@ -14,6 +14,15 @@ from triton import knobs
 INTERPRETED: bool = knobs.runtime.interpret
 
 
+def opaque_operator(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """Register `fn` as operator fusefeat::<name>, which torch.compile calls as it is. It has no fake kernel yet."""
+
+    def register(fn: Callable[..., Any]) -> Any:
+        return torch.library.custom_op(f"fusefeat::{name}", fn, mutates_args=())
+
+    return register
+
+
 def triton_operator(name: str) -> Callable[[Callable[..., Any]], Any]:
     """Register `fn` as operator fusefeat::<name>, which torch.compile traces into.
 
@@ -47,6 +56,12 @@ class wrap_triton:
                 torch.library.wrap_triton(self.kernel)[grid](*args, **config)
 
         return launch
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **config: Any) -> None:
+    """Run a kernel on the device of its first argument, which is a tensor."""
+    with _device_guard(args[0]):
+        kernel[grid](*args, **config)
 
 
 def _device_guard(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:

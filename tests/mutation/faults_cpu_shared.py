@@ -1,0 +1,94 @@
+"""Faults in the CPU kernels of the shared-penalty family."""
+
+from __future__ import annotations
+
+from .table import rows
+
+KERNELS = "tests/test_cpu_shared_kernels.py -k {isa}"
+POISONED = f"FUSEFEAT_POISON=1 {KERNELS}"
+
+LOGITS = rows(
+    "csrc/cpu/vec/logits.h",
+    KERNELS,
+    ("bias outside of the margin", "sum[r][0] = margin * (sum[r][0] + b);", "sum[r][0] = margin * sum[r][0] + b;"),
+    ("bias of the tile's first feature", "splat<A>(bias[f + r]);", "splat<A>(bias[f]);"),
+    (
+        "earlier channels of the wrong rows",
+        "sum[r][1] += load(from + (f + r) * strip + kLanes<A>);",
+        "sum[r][1] += load(from + (f + r) * strip);",
+    ),
+    (
+        "a row too many",
+        "lane + j * kLanes<A> < static_cast<int>(rows);",
+        "lane + j * kLanes<A> <= static_cast<int>(rows);",
+    ),
+    (
+        "first lane without a row not cleared",
+        "for (int64_t i = rows; i < kStrip<A>; ++i)",
+        "for (int64_t i = rows + 1; i < kStrip<A>; ++i)",
+    ),
+)
+
+FORWARD = rows(
+    "csrc/cpu/vec/shared_forward.h",
+    KERNELS,
+    ("entropy of the wrong lanes", "dot0 = fma(e0, d0, dot0);", "dot0 = fma(e0, d1, dot0);"),
+    (
+        "entropy not shifted",
+        "dot = fma(factor, fma(block_sum, shift, block_dot), dot);",
+        "dot = fma(factor, block_dot, dot);",
+    ),
+    ("blocks' sums not rescaled", "sum = fma(factor, block_sum, sum);", "sum += block_sum;"),
+    (
+        "margin not subtracted",
+        "sum0 += z0 <= margin ? VecOf<A>{} : z0 - margin;",
+        "sum0 += z0 <= margin ? VecOf<A>{} : z0;",
+    ),
+    ("a tie fires", "(z0 > margin) & valid[0]", "(z0 >= margin) & valid[0]"),
+    ("clamped at 0", "v <= margin ? splat<A>(margin) : v", "v <= A(0) ? splat<A>(0) : v"),
+    ("fired of the last chunk only", "args.fired_sum[f] += count;", "args.fired_sum[f] = count;"),
+    ("prob_sum of the last chunk only", "sums[f + i] += sum_lanes(sum[i]);", "sums[f + i] = sum_lanes(sum[i]);"),
+)
+
+BACKWARD = rows(
+    "csrc/cpu/vec/shared_backward.h",
+    KERNELS,
+    ("no term of log P", "fma(log_scale.v[j], log_p, offset.v[j]));", "offset.v[j]);"),
+    ("sign of the dots", "load(offset) - load(", "load(offset) + load("),
+    ("gradient at a tie", "d += v > margin ? excess.v[j]", "d += v >= margin ? excess.v[j]"),
+    ("margin left out", "const VecOf<A> g = margin * load(grads", "const VecOf<A> g = load(grads"),
+    ("bias gradient of the last chunk only", "(first_rows ? A{} : sums[f]) +", "A{} +"),
+    (
+        "first part of a row's gradient only",
+        "for (int64_t p = 0; p < args.parts; ++p) {",
+        "for (int64_t p = 0; p < 1; ++p) {",
+    ),
+    ("rows that share a strip with the context", "tail >= logits.context_rows", "head >= logits.context_rows"),
+)
+
+HOST = [
+    *rows(
+        "csrc/cpu/shared_penalty.cpp",
+        KERNELS,
+        ("sign of the entropy's gradient", "scales[i] = -grad[i];", "scales[i] = grad[i];"),
+        ("no entropy in the offset", "lse_grads[i] - grad[i] * values[i];", "lse_grads[i];"),
+    ),
+    *rows(
+        "csrc/cpu/shared_problem.cpp",
+        KERNELS,
+        ("rows of weight 0 not written", "if (used != nullptr) std::fill_n(out, to.numel(), T(0));", "", POISONED),
+        ("stride of row_weight", "(values[i * stride]) != 0", "(values[i]) != 0"),
+    ),
+    *rows(
+        "csrc/cpu/shared_gradients.h",
+        KERNELS,
+        (
+            "gradient of rows of weight 0",
+            "torch::stable::zero_(context);\n      torch::stable::zero_(input);",
+            "torch::stable::zero_(context);",
+            POISONED,
+        ),
+    ),
+]
+
+FAULTS = [*LOGITS, *FORWARD, *BACKWARD, *HOST]

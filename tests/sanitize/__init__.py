@@ -1,0 +1,1 @@
+"""Builds of the kernels under GCC's sanitizers; see run.py."""

@@ -1,0 +1,37 @@
+"""The shared case lists with FUSEFEAT_POISON=1: outputs and scratch of the kernels start as NaN."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+CASES = {
+    "pools": ["test_attention_pool.py", "-k", "cpu and not gradcheck and not float16"],
+    "shared": [
+        "test_shared_penalty.py",
+        "-k",
+        "cpu and not gradcheck and not float16 and not (regulariser and float64)",
+    ],
+}
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_every_element_is_written(family: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *CASES[family]]
+    environment = {**os.environ, "FUSEFEAT_POISON": "1"}
+    done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
+def test_the_mode_is_on_when_asked_for() -> None:
+    code = "import ctypes, sys; from fusefeat import _library as l; "
+    code += "print(ctypes.CDLL(str(l._PACKAGE / 'libfusefeat_cpu.so')).fusefeat_poison())"
+    for wish, expected in (("1", "1"), ("0", "0"), ("", "0")):
+        environment = {**os.environ, "FUSEFEAT_POISON": wish}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == expected
