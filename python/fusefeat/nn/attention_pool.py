@@ -93,7 +93,7 @@ class AttentionPool(nn.Module):
         chosen = backends.choose("attention_pool", self.backend, args[0])
         if chosen == "reference" or torch.compiler.is_compiling() or backends.under_transform():
             pool = partial(_attention_pool, need_weights=return_weights, backend=chosen)
-            out, _, _, weights, _ = reference.attention_layer(*args, pool)
+            out, _, _, weights, _ = partial(reference.attention_layer, pool=pool)(*args)
         else:
             checks.no_forward_mode("AttentionPool", chosen, *args)
             out, _, _, weights, _ = pools.layer(chosen)(*args, return_weights)
