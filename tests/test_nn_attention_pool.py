@@ -86,6 +86,30 @@ def test_a_bias_of_any_value_cancels() -> None:
     torch.testing.assert_close(layer(x), want)
 
 
+def test_composition_under_transforms_and_on_the_reference() -> None:
+    """Where the layer is no single step of autograd, it gives the same."""
+    layer, _ = pair()
+    x, cu_seqlens = pool_cases.rand(10, 6), torch.tensor([0, 4, 4, 10])
+    slow = copy.deepcopy(layer)
+    slow.backend = "reference"
+    parameters = dict(layer.named_parameters())
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(layer, parameters, (x,), {"cu_seqlens": cu_seqlens}).sin().sum()
+
+    assert torch.equal(slow(x, cu_seqlens=cu_seqlens)[1], torch.zeros(5, dtype=torch.float64))
+    torch.testing.assert_close(slow(x, cu_seqlens=cu_seqlens), layer(x, cu_seqlens=cu_seqlens))
+    loss(parameters).backward()
+    slow(x, cu_seqlens=cu_seqlens).sin().sum().backward()
+    transformed = torch.func.grad(loss)({name: p.detach() for name, p in parameters.items()})
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(transformed[name], parameter.grad)
+        torch.testing.assert_close(slow.get_parameter(name).grad, parameter.grad)
+    with torch.no_grad():
+        slow.linear_out.bias.fill_(float("inf"))
+    torch.testing.assert_close(slow(x, cu_seqlens=cu_seqlens), layer(x, cu_seqlens=cu_seqlens))
+
+
 def test_gradcheck() -> None:
     layer, _ = pair()
     x = pool_cases.rand(2, 4, 6).requires_grad_()

@@ -146,3 +146,18 @@ def test_offsets_that_lie_stay_in_bounds() -> None:
             out, weights, x, Q, None, torch.tensor(values), 1.0, out, lse, weights, True, True
         )
         assert all(grad.isfinite().all() for grad in grads)
+
+
+@pytest.mark.parametrize("count", [3, 1000])
+def test_few_and_many_offsets(count: int) -> None:
+    """Few are looked at as numbers, many as a tensor: empty bags pass, a step back does not."""
+    x, q = torch.randn(count, 4), torch.randn(4)
+    good = torch.arange(count + 1).div(2, rounding_mode="floor") * 2
+    good[-1] = count
+    assert fusefeat.attention_pool(x, q, cu_seqlens=good, backend="cpu").shape == (count, 4)
+    bad = torch.arange(count + 1)
+    bad[-2] = count + 1
+    with pytest.raises(
+        ValueError, match=rf"must not decrease, got {count + 1} followed by {count} at index {count - 1}"
+    ):
+        fusefeat.attention_pool(x, q, cu_seqlens=bad, backend="cpu")

@@ -85,8 +85,9 @@ FAULTS = [
             "equal offsets refused",
             "if bool((cu_seqlens[1:] < cu_seqlens[:-1]).any()):",
             "if bool((cu_seqlens[1:] <= cu_seqlens[:-1]).any()):",
-            "tests/test_attention_pool.py -k cpu and small and bags",
+            "tests/test_pool_bad_input.py -k many_offsets",
         ),
+        ("few offsets in any order", "values == sorted(values):", "values:"),
         ("any end of the offsets", "if first != 0 or last != tokens:", "if first != 0:"),
         ("mask of any length", "if mask.shape != x.shape[:2]:", "if mask.shape[:1] != x.shape[:1]:"),
         ("infinite scale", "if not -math.inf < number < math.inf:", "if not -math.inf <= number <= math.inf:"),
@@ -135,8 +136,14 @@ FAULTS = [
         ),
     ),
     *rows(
-        "python/fusefeat/nn/attention_pool.py",
+        "python/fusefeat/ops/attention_pool.py",
         "tests/test_nn_attention_pool.py -k not compile",
+        ("bias of an empty bag", "out.masked_fill_((lse == reference.NEG_INF)", "out.masked_fill_((lse != lse)"),
+        ("gradient of the score bias", "torch.zeros_like(bias_out)", "torch.ones_like(bias_out)"),
+    ),
+    *rows(
+        "python/fusefeat/reference/attention_pool.py",
+        "tests/test_nn_attention_pool.py -k composition",
         ("bias of an empty bag", "torch.where((lse != NEG_INF)[:, None],", "torch.where((lse == lse)[:, None],"),
         (
             "score bias in the scores",
