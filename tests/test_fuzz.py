@@ -191,3 +191,10 @@ def test_matrices_on_the_cpu(problem: dict[str, Any], isa: str, seed: int) -> No
 @given(bags(), fuzz.seeds)
 def test_pools_in_the_triton_interpreter(problem: dict[str, Any], seed: int) -> None:
     check_pool(problem, "triton", seed)
+
+
+@pytest.mark.skipif(INTERPRETED is None, reason="triton was imported without TRITON_INTERPRET=1")
+@fuzz.fuzzed(0.05)
+@given(rows(), fuzz.seeds)
+def test_objective_in_the_triton_interpreter(problem: dict[str, Any], seed: int) -> None:
+    check_objective(problem, "triton", seed)

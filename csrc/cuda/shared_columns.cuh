@@ -116,7 +116,7 @@ template <typename A>
 __global__ void __launch_bounds__(kColumnThreads) write_assignment(const AssignmentArgs<A> args) {
   const ColumnRange at(args.plan, args.chunk);
   if (at.feature >= args.chunk.features) return;
-#pragma unroll 2
+#pragma unroll 1
   for (int64_t row = at.begin + threadIdx.x / kWarp; row < at.end; row += kColumnGroups) {
     const A p = exp_of(args.z[row * args.stride + at.feature] - args.peak[row]) * args.factor[row];
     store_any(args.matrix, args.type, (args.chunk.begin + row) * args.chunk.features + at.feature, p);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -64,7 +65,7 @@ class Problem:
     def dz_type(self) -> torch.dtype:
         return torch.bfloat16 if self.operand == torch.bfloat16 else self.acc
 
-    @property
+    @functools.cached_property
     def aligned(self) -> bool:
         """Whether 16 bytes of the operands and of dz can be loaded at once."""
         operands = (self.context, self.input, self.weight)
