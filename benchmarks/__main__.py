@@ -55,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--rounds", type=_positive, default=5, help="interleaved rounds (default 5)")
     add("--slice", type=float, default=0.1, metavar="SECONDS", help="time per contender and round (default 0.1)")
     add("--quick", action="store_true", help="tiny shapes, two short rounds, no torch.compile unless asked for")
+    add("--slow", action="store_true", help="also the cases that take minutes; --only NAME runs one of them, too")
     add("--thp", choices=("on", "off", "both"), help="let torch allocate huge pages too; both: one run of each")
     add("--csv", metavar="FILE", help="write all rows")
     add("--plot", metavar="FILE", help="write bar charts (PNG)")
@@ -70,8 +71,10 @@ def _say(text: str, prefix: str = "") -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _wanted(cases: Sequence[Case], only: Sequence[str] | None) -> list[Case]:
-    return [case for case in cases if only is None or any(word in case.name or word in case.shape for word in only)]
+def _wanted(cases: Sequence[Case], only: Sequence[str] | None, slow: bool) -> list[Case]:
+    if only is None:
+        return [case for case in cases if slow or not case.slow]
+    return [case for case in cases if any(word in case.name or word in case.shape for word in only)]
 
 
 def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Run:
@@ -79,7 +82,7 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Run:
     device = torch.device(arguments.device)
     modules = [importlib.import_module(f".{family}", __package__) for family in arguments.families]
     work = [
-        (dtype, _wanted(module.cases(device, DTYPES[dtype], arguments.quick), arguments.only))
+        (dtype, _wanted(module.cases(device, DTYPES[dtype], arguments.quick), arguments.only, arguments.slow))
         for module in modules
         for dtype in arguments.dtype
     ]

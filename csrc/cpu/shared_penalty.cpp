@@ -55,19 +55,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> shared_penalty(
   return {row_entropy, lse, prob_sum, row_excess, fired, kept};
 }
 
-// log_scale and offset of the formula in shared_logits.h, but for the part of the sums over features.
+// log_scale and offset of the formula in shared_logits.h. The mean that is taken away later is small then.
 template <typename A>
-void entropy_terms(
-    int64_t rows, const Buffer& entropy_grad, const Buffer& entropy, const Buffer& lse_grad, Buffer& log_scale,
-    Buffer& offset) {
+void entropy_terms(int64_t rows, const Buffer& entropy_grad, const Buffer& entropy, Buffer& log_scale, Buffer& offset) {
   const A* grad = reinterpret_cast<const A*>(entropy_grad.get());
   const A* values = reinterpret_cast<const A*>(entropy.get());
-  const A* lse_grads = reinterpret_cast<const A*>(lse_grad.get());
   A* scales = reinterpret_cast<A*>(log_scale.get());
   A* offsets = reinterpret_cast<A*>(offset.get());
   for (int64_t i = 0; i < rows; ++i) {
     scales[i] = -grad[i];
-    offsets[i] = lse_grads[i] - grad[i] * values[i];
+    offsets[i] = -grad[i] * values[i];
   }
 }
 
@@ -93,18 +90,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> shared_penalty_backward(
         "fusefeat: kept must be as the forward left it");
   }
 
-  const bool softmax = grad_row_entropy.has_value() || grad_lse.has_value() || grad_prob_sum.has_value();
-  const bool with_dots = grad_prob_sum.has_value();
+  const bool with_dots = grad_prob_sum.has_value() || grad_row_entropy.has_value();
+  const bool softmax = with_dots || grad_lse.has_value();
   const Buffer entropy_grads = problem.gather(grad_row_entropy, kNone, margin);
-  const Buffer lse_grads = problem.gather(grad_lse, kNone, margin);
+  Buffer lse_grads = problem.gather(grad_lse, kNone, margin);
   const Buffer entropies = problem.gather(row_entropy, 0, 1), lses = problem.gather(lse, 0, 1);
   const Buffer prob_scale = problem.gather(row_weight, 1, margin);
   const Buffer excess_grads = problem.gather(grad_row_excess, kNone, margin);
-  const Buffer prob_grads = with_dots ? problem.feature_values(*grad_prob_sum) : Buffer(0);
+  const Buffer prob_grads = grad_prob_sum.has_value() ? problem.feature_values(*grad_prob_sum) : Buffer(0);
   Buffer log_scale = problem.gather(std::nullopt, 0, 1), offset = problem.gather(std::nullopt, 0, 1);
   Buffer row_dots = problem.gather(std::nullopt, 0, 1);
   (problem.is_double ? entropy_terms<double> : entropy_terms<float>)(problem.logits.rows, entropy_grads, entropies,
-                                                                     lse_grads, log_scale, offset);
+                                                                     log_scale, offset);
 
   const SharedGradients grads(problem, context, input, weight, bias, needs);
   Tensor grad_row_weight = new_gradient(input, row_weight, needs[4]);
@@ -113,12 +110,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> shared_penalty_backward(
   wishes.lse = &lses;
   wishes.log_scale = &log_scale;
   wishes.prob_scale = &prob_scale;
-  wishes.offset = &offset;
+  wishes.offset = with_dots ? &offset : &lse_grads;
+  wishes.lse_grad = &lse_grads;
+  wishes.grad_prob_sum = prob_grads.get();
   if (grad_row_excess.has_value() || !softmax) wishes.excess_grad = &excess_grads;
-  if (with_dots) {
-    wishes.row_dot = &row_dots;
-    wishes.grad_prob_sum = prob_grads.get();
-  }
+  if (with_dots) wishes.row_dot = &row_dots;
   wishes.kept = kept.const_data_ptr();
   wishes.kept_rows = problem.kept_rows(keep_rows);
   grads.wish(wishes, context, bias, needs);
