@@ -11,9 +11,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import clamped_reg, gate, shared_objective, shared_penalty  # noqa: E402
-from benchmarks.case import Case, Inputs  # noqa: E402
-from benchmarks.results import OURS  # noqa: E402
+from benchmarks import clamped_reg, gate, shared_objective, shared_penalty
+from benchmarks.case import Case, Inputs
+from benchmarks.results import OURS
 
 TYPES = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}  # what is allowed whatever eager has
 

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks
+from ..ops import shared_loss
 from ..ops import shared_penalty as operators
 from ..reference import shared_penalty as reference
 from ._shared import Logits, ordered_sum, prepare
-from .clamped_reg import ClampStats, check_reduction, reduce
+from .clamped_reg import ClampStats, check_reduction, reduce, scale_and_shift
 
 
 class SharedStats(NamedTuple):
@@ -73,10 +74,26 @@ def _statistics(function: str, logits: Logits, backend: str | None, with_clamp: 
     if chosen == "reference":
         return reference.statistics(*logits, with_clamp)
     checks.no_forward_mode(function, chosen, *logits)
-    keep = 0
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        keep = operators.rows_to_keep(logits.rows, logits.features, logits.input.dtype)
-    return operators.operator("shared_penalty")(*logits, with_clamp, keep)[:5]
+    return operators.operator("shared_penalty")(*logits, with_clamp, _rows_to_keep(logits))[:5]
+
+
+def _rows_to_keep(logits: Logits) -> int:
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return 0
+    return operators.rows_to_keep(logits.rows, logits.features, logits.input.dtype)
+
+
+def _scalars(
+    function: str,
+    logits: Logits,
+    factors: tuple[float, float],
+    reg: tuple[float, float] | None,
+) -> tuple[Tensor, Tensor]:
+    """Penalty and regulariser (empty without ``reg``, its scale and shift) from the operator that finishes both."""
+    checks.no_forward_mode(function, "cpu", *logits)
+    scale, shift = (0.0, 0.0) if reg is None else reg
+    args = (*logits[:5], logits.operand, *factors, reg is not None, scale, shift, _rows_to_keep(logits))
+    return shared_loss.operator("shared_loss")(*args)[:2]
 
 
 def _all_reduce(value: Tensor, process_group: Any) -> Tensor:
@@ -181,6 +198,10 @@ def shared_penalty(
     """
     logits = prepare("shared_penalty", input, context, weight, bias, margin, row_weight)
     factors = _check_penalty("shared_penalty", logits, prior, entropy_weight, balance_weight, process_group)
+    if prior is None and process_group is None and not return_stats:
+        chosen = backends.choose("shared_penalty", backend, logits.input)
+        if shared_loss.serves(chosen, logits.row_weight):
+            return _scalars("shared_penalty", logits, factors, None)[0]
     statistics = _statistics("shared_penalty", logits, backend, with_clamp=False)
     penalty, stats = _penalty("shared_penalty", logits, statistics, prior, *factors, process_group)
     return (penalty, stats) if return_stats else penalty
@@ -214,6 +235,10 @@ def shared_objective(
     logits = prepare("shared_objective", input, context, weight, bias, margin, row_weight)
     factors = _check_penalty("shared_objective", logits, prior, entropy_weight, balance_weight, process_group)
     check_reduction("shared_objective", reduction)
+    if prior is None and process_group is None and not return_stats:
+        chosen = backends.choose("shared_objective", backend, logits.input)
+        if shared_loss.serves(chosen, logits.row_weight):
+            return _scalars("shared_objective", logits, factors, scale_and_shift(logits, subtract_floor, reduction))
     statistics = _statistics("shared_objective", logits, backend, with_clamp=True)
     penalty, stats = _penalty("shared_objective", logits, statistics, prior, *factors, process_group)
     reg, clamp_stats = reduce(logits, statistics[3], statistics[4], subtract_floor, reduction)

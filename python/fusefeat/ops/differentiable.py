@@ -60,10 +60,10 @@ class Operator:
         if torch.compiler.is_compiling():
             # An operator with an autograd formula gives silent zeros below a transform under compile.
             return _tuple(self.formula(*args[: self.backward_args]) if transformed else self.forward(*args))
-        if transformed or (
-            torch.is_grad_enabled() and any(args[i] is not None and args[i].requires_grad for i in self.wrt)
-        ):
+        if transformed:
             return _tuple(_Forward.apply(self, *args))
+        if torch.is_grad_enabled() and any(args[i] is not None and args[i].requires_grad for i in self.wrt):
+            return _tuple(_Eager.apply(self, *args))
         return _tuple(self.forward(*args))
 
     def gradients(self, *args: Any) -> tuple[Any, ...]:
@@ -182,6 +182,21 @@ class Operator:
         for position, second in zip(given, seconds[len(variables) :], strict=True):
             result[position] = second
         return tuple(result)
+
+
+class _Eager(torch.autograd.Function):
+    """``_Forward`` for calls below no transform: a Function with setup_context costs 30 µs more per call."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Operator, *args: Any) -> Any:
+        output = op.forward(*args)
+        ctx.op = op
+        op._save(ctx, args, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return None, *ctx.op._gradients(ctx, ctx.op.gradients, grads, ctx.needs_input_grad[1:])
 
 
 class _Forward(torch.autograd.Function):
