@@ -78,6 +78,7 @@ class Case:
     # Errors of ours are held against this contender's, with the contract's factor and floor.
     baseline: str = "eager"
     gradient_slack: tuple[float, float] = (2.0, 1e-6)
+    peer_slack: float = 1.0
     matmul: tuple[int, int, int] | None = None
     floors: Callable[[Inputs], dict[str, Floor]] | None = None
     slow: bool = False

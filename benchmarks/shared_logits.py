@@ -167,6 +167,8 @@ def cases(
             reference=reference,
             contenders=[*_ours(ours, device), *peers.plain(plain, device), *others],
             work=_work(rows, channels, features, dtype.itemsize),
+            # Logits rounded to half types fall on the other side of the clamp, where the gradient has a step.
+            peer_slack=10.0 if dtype.itemsize == 2 and reference is not penalty_reference else 1.0,
             floors=_floors,
             slow=rows * channels * features > limit,
         )

@@ -80,7 +80,7 @@ def _statistics(function: str, logits: Logits, backend: str | None, with_clamp: 
 def _rows_to_keep(logits: Logits) -> int:
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return 0
-    return operators.rows_to_keep(logits.rows, logits.features, logits.input.dtype)
+    return operators.rows_to_keep(logits.rows, logits.features, logits.weight.shape[1], logits.input.dtype)
 
 
 def _scalars(
@@ -175,8 +175,10 @@ def shared_penalty(
     in [0, log F]: the information-maximisation loss (Krause, Perona & Gomes 2010; Hu et al. 2017), the mean-entropy
     maximisation of MSN (Assran et al. 2022), the codebook entropy loss of lookup-free quantisers (Yu et al. 2024).
 
-    Memory beyond inputs, parameters and their gradients is O(N + F) plus at most 64 MiB. The logits are kept for the
-    backward when they take at most 32 MiB and recomputed otherwise (``fusefeat.ops.shared_penalty.rows_to_keep``).
+    Memory beyond inputs, parameters and their gradients is O(N + F) plus at most 64 MiB. On the CPU the backward
+    finds up to 32 MiB of the logits kept (less beside features so many that 256 rows of logits take over 16 MiB, none
+    with fewer than 32 channels and over 8 MiB of logits) and recomputes those of the other rows:
+    ``fusefeat.ops.shared_penalty.rows_to_keep``.
 
     Args:
         input, context, weight, bias, margin, backend: as in :func:`shared_assignment`.
