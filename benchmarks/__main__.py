@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--cold", action="store_true", help="no call finds its inputs in the caches (copies of them in turn)")
     add("--scaling", action="store_true", help="the sizes of a scaling plot (T, D, ...) in place of the usual shapes")
     add("--against", metavar="GITREF", help="build that commit elsewhere and time it beside this tree, nothing else")
+    add("--slow", action="store_true", help="also the cases that take minutes; --only NAME runs one of them, too")
     add("--thp", choices=("on", "off", "both"), help="let torch allocate huge pages too; both: one run of each")
     add("--csv", metavar="FILE", help="write all rows")
     add("--plot", metavar="FILE", help="write charts (PNG): bars, or lines with --scaling")
@@ -66,8 +67,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _wanted(cases: Sequence[Case], only: Sequence[str] | None) -> list[Case]:
-    return [case for case in cases if only is None or any(word in case.name or word in case.shape for word in only)]
+def _wanted(cases: Sequence[Case], only: Sequence[str] | None, slow: bool) -> list[Case]:
+    if only is None:
+        return [case for case in cases if slow or not case.slow]
+    return [case for case in cases if any(word in case.name or word in case.shape for word in only)]
 
 
 def _cases(module: ModuleType, device: torch.device, dtype: str, arguments: argparse.Namespace) -> list[Case]:
@@ -82,7 +85,7 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Run:
     device = torch.device(arguments.device)
     modules = [importlib.import_module(f".{family}", __package__) for family in arguments.families]
     work = [
-        (dtype, _wanted(_cases(module, device, dtype, arguments), arguments.only))
+        (dtype, _wanted(_cases(module, device, dtype, arguments), arguments.only, arguments.slow))
         for module in modules
         for dtype in arguments.dtype
     ]

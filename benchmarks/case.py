@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .floor import Floor
+
 Inputs = dict[str, Tensor]
 
 MODES = ("forward", "backward", "both")
@@ -28,15 +30,24 @@ class Bound:
 
 @dataclass(frozen=True)
 class Contender:
-    """``peer`` is the word that --compare knows it by, None for fusefeat itself."""
+    """``peer`` is the word that --compare knows it by, None for fusefeat itself.
+
+    One with a ``reference`` of its own computes something else on the same inputs: it is shown beside the others
+    but is nobody's rival.
+    """
 
     name: str
     peer: str | None
     bind: Callable[[Inputs], Bound]
+    reference: Callable[[Inputs, Tensor | None], Inputs] | None = None
 
     @property
     def ours(self) -> bool:
         return self.peer is None
+
+    @property
+    def kind(self) -> str:
+        return "other" if self.reference is not None else "ours" if self.ours else "peer"
 
 
 @dataclass(frozen=True)
@@ -50,7 +61,10 @@ class Work:
 
 @dataclass(frozen=True)
 class Case:
-    """One shape. ``reference`` maps inputs and a gradient (None: forward only) to "out" and "grad <name>", float64."""
+    """One shape. ``reference`` maps inputs and a gradient (None: forward only) to "out" and "grad <name>", float64.
+
+    ``floors`` makes what is measured in place of reading and copying x; a ``slow`` case runs only when asked for.
+    """
 
     family: str
     name: str
@@ -64,7 +78,10 @@ class Case:
     # Errors of ours are held against this contender's, with the contract's factor and floor.
     baseline: str = "eager"
     gradient_slack: tuple[float, float] = (2.0, 1e-6)
+    peer_slack: float = 1.0
     matmul: tuple[int, int, int] | None = None
+    floors: Callable[[Inputs], dict[str, Floor]] | None = None
+    slow: bool = False
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def verdict(
             if dtype == torch.float32:
                 limit = max(limit, least)
         else:
-            limit = PEER_LIMIT[dtype]
+            limit = PEER_LIMIT[dtype] * case.peer_slack
         if not error <= limit:
             return f"{name} is off by {error:.1e} relative to float64, more than {limit:.1e}"
     return None

@@ -9,7 +9,7 @@ from .case import Skip
 from .peers import optional
 from .results import Row, Run
 
-_COLOURS = {"ours": "#1b6ca8", "peer": "#b8b8b8"}
+_COLOURS = {"ours": "#1b6ca8", "peer": "#b8b8b8", "other": "#e3d5b8"}
 _TITLES = {"forward": "forward", "both": "forward + backward"}
 
 

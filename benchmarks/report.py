@@ -18,7 +18,8 @@ _FEW = 4  # so few measurements have no spread to speak of
 LEGEND = """\
 ms: median over interleaved rounds; spread: interquartile range over the median; x best peer: the fastest peer's time
 over this one's; GB/s, GFLOP/s: what any implementation must move and compute, over the time; of floor: the time of
-reading (forward), or copying into a new gradient (backward), or both, measured in the same rounds, over the time;
+reading (forward), or copying into a new gradient (backward), or both, measured in the same rounds, over the time, and
+for the shared-logits families that of the bare matrix products; (other): not the same computation, for comparison;
 peak MiB: memory in use at most during the call, its results included; error: largest RMS error of results and
 gradients relative to float64. Every gradient is written into new memory, as after zero_grad(set_to_none=True)."""
 
@@ -35,7 +36,9 @@ def _cells(row: Row) -> tuple[str, ...]:
     percent = "" if row.floor_fraction is None else f"{row.floor_fraction:.0%}"
     return (
         "",
-        ("* " if row.kind == "ours" else "  ") + row.contender + (" (floor)" if row.kind == "floor" else ""),
+        ("* " if row.kind == "ours" else "  ")
+        + row.contender
+        + (f" ({row.kind})" if row.kind in ("floor", "other") else ""),
         _number(row.median_ms, 4),
         "" if row.spread is None or row.measurements < _FEW else f"{row.spread:.0%}",
         "" if row.speedup is None else f"{row.speedup:.2f}x",

@@ -13,7 +13,8 @@ OURS = "fusefeat"  # the contender with automatic choice of backend
 
 @dataclass
 class Row:
-    """``kind`` is ours, peer or floor; ``status`` is ok, wrong, skipped or failed, ``reason`` why there is no time.
+    """``kind`` is ours, peer, other (not the same computation) or floor; ``status`` is ok, wrong, skipped or failed,
+    ``reason`` why there is no time.
 
     ``speedup`` is the fastest peer's median over this one's: how many times faster than the best peer.
     ``floor_ms`` is the time of the floors that bound this mode from below, ``floor_fraction`` that over the median.

@@ -54,6 +54,8 @@ def _enter(
     """Bind a contender and hold it against the reference. Peers may fail in any way they like: that is a result."""
     dtype = inputs["x"].dtype
     errors: dict[str, float] = {}
+    if contender.reference is not None:
+        wanted, baseline = contender.reference(inputs, grad_out), {}
     try:
         bound = contender.bind(inputs)
         errors |= gate.forward_errors(bound, wanted)
@@ -143,13 +145,15 @@ def _mode_rows(
     work = case.work[mode]
     slices: dict[str, timing.Slice] = {}
     rows: dict[str, Row] = {}
-    found = cold.rotating_floors([floors(inputs["x"], case.matmul) for inputs in all_inputs])
+    found = cold.rotating_floors(
+        [floors(inputs["x"], case.matmul) if case.floors is None else case.floors(inputs) for inputs in all_inputs]
+    )
     for name, floor in found.items():
         rows[name] = new_row(name, "floor")
         slices[name] = timing.repeated(floor.call, s.threads, s.seconds, grad=False)
     for entrant in entrants:
         contender = entrant.contender
-        row = rows[contender.name] = new_row(contender.name, "ours" if contender.ours else "peer")
+        row = rows[contender.name] = new_row(contender.name, contender.kind)
         row.peer = contender.peer or ""
         row.error = max(entrant.errors.values(), default=None)
         if mode in entrant.refused:
@@ -166,7 +170,7 @@ def _mode_rows(
         if row.median_ms is None or entrant.bound is None:
             continue
         row.floor_ms, row.floor_fraction = floor_ms, floor_ms / row.median_ms
-        if best is not None and best.median_ms is not None:
+        if best is not None and best.median_ms is not None and row.kind != "other":
             row.speedup = best.median_ms / row.median_ms
         if mode != "backward":
             with torch.set_grad_enabled(mode != "forward"):

@@ -45,6 +45,26 @@ STABLE_TORCH_LIBRARY(fusefeat, m) {
       "clamped_reg_backward(Tensor grad_row_excess, Tensor? context, Tensor input, Tensor weight, Tensor? bias, "
       "float margin, Tensor? row_weight, int operand, bool[] needs) "
       "-> (Tensor grad_context, Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+
+  // Scalars of all rows with weight 1 each: penalty = entropy_weight mean(row_entropy) + balance_weight
+  // KL(prob_sum / N || uniform), and reg = reg_scale sum(row_excess) + reg_shift, empty without with_reg. CPU only.
+  m.def(
+      "shared_loss(Tensor? context, Tensor input, Tensor weight, Tensor? bias, float margin, int operand, "
+      "float entropy_weight, float balance_weight, bool with_reg, float reg_scale, float reg_shift, SymInt keep_rows) "
+      "-> (Tensor penalty, Tensor reg, Tensor row_entropy, Tensor lse, Tensor prob_sum, Tensor kept)");
+  m.def(
+      "shared_loss_backward(Tensor? grad_penalty, Tensor? grad_reg, Tensor? context, Tensor input, Tensor weight, "
+      "Tensor? bias, float margin, int operand, float entropy_weight, float balance_weight, bool with_reg, "
+      "float reg_scale, float reg_shift, Tensor row_entropy, Tensor lse, Tensor prob_sum, Tensor kept, bool[] needs) "
+      "-> (Tensor grad_context, Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+  m.def(
+      "clamped_loss(Tensor? context, Tensor input, Tensor weight, Tensor? bias, float margin, int operand, "
+      "float scale, float shift) -> Tensor");
+  m.def(
+      "clamped_loss_backward(Tensor grad, Tensor? context, Tensor input, Tensor weight, Tensor? bias, float margin, "
+      "int operand, float scale, float shift, bool[] needs) "
+      "-> (Tensor grad_context, Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+
   m.def(
       "shared_assignment(Tensor? context, Tensor input, Tensor weight, Tensor? bias, float margin, int operand) "
       "-> Tensor");

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import importlib
 import os
 import subprocess
 import sys
@@ -16,8 +17,8 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import FAMILIES, attention_pool, gate, memory, plot, report, shared_logits, shared_objective, timing  # noqa: E402
 from benchmarks import __main__ as cli  # noqa: E402
-from benchmarks import attention_pool, gate, memory, plot, report, timing  # noqa: E402
 from benchmarks.case import MODES, Bound, Case, Contender, Inputs, Skip, Target  # noqa: E402
 from benchmarks.results import OURS, Row, Run  # noqa: E402
 from benchmarks.runner import Settings, run_case  # noqa: E402
@@ -203,6 +204,60 @@ def test_targets() -> None:
     unmeasured = next(target for text, target in found.items() if "10x" in text)
     assert (unmeasured.got, unmeasured.met) == (None, False)
     assert "NOT MET" in report.text(Run({"torch": ""}, rows, targets=list(found.values())))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp64", "bf16", "fp16"])
+@pytest.mark.parametrize("family", FAMILIES[1:])
+def test_shared_logits_families(family: str, dtype: str) -> None:
+    """Ours and eager pass the gate, and the floors are the bare products."""
+    module = importlib.import_module(f"benchmarks.{family}")
+    for case in module.cases(CPU, cli.DTYPES[dtype], quick=True):
+        rows = run_case(case, dtype, settings(peers=("eager", "linear_cross_entropy"), rounds=1), lambda text: None)
+        by_name = {(row.contender, row.mode): row for row in rows}
+        for mode in MODES:
+            for name in (OURS, "eager"):
+                assert (by_name[name, mode].status, by_name[name, mode].reason) == ("ok", "")
+            ours = by_name[OURS, mode]
+            products = [shared_logits.FORWARD_PRODUCT, shared_logits.BACKWARD_PRODUCTS]
+            wanted = {"forward": products[:1], "backward": products[1:], "both": products}[mode]
+            assert ours.floor_ms == pytest.approx(sum(by_name[name, mode].median_ms for name in wanted))
+            assert all(row.speedup is None for row in rows if row.kind == "other")
+
+
+def test_slow_cases_run_only_when_asked_for() -> None:
+    cases = shared_objective.cases(CPU, torch.float32, quick=False)
+    assert [case.name for case in cases if case.slow] == ["ibq"]
+    assert "ibq" not in [case.name for case in cli._wanted(cases, None, slow=False)]
+    assert "ibq" in [case.name for case in cli._wanted(cases, None, slow=True)]
+    assert [case.name for case in cli._wanted(cases, ["ibq"], slow=False)] == ["ibq"]
+
+
+def test_targets_of_shared_logits() -> None:
+    def of(name: str, contender: str, kind: str, ms: float) -> Row:
+        changes = {
+            "family": "shared_objective",
+            "case": name,
+            "mode": "both",
+            "contender": contender,
+            "peer": contender,
+        }
+        return dataclasses.replace(row(contender, kind, ms), **changes)
+
+    rows = [
+        of("medium", OURS, "ours", 9.0),
+        of("medium", "mm", "floor", 4.0),
+        of("medium", "mm backward", "floor", 8.0),
+    ]
+    rows += [of("medium", shared_objective.ALONE, "other", 8.0)]
+    rows += [of("narrow", OURS, "ours", 5.0), of("narrow", "compile", "peer", 5.5)]
+    found = {target.text: target for target in shared_objective.targets(rows)}
+    products = next(target for text, target in found.items() if "8192x128->1024" in text and "bare" in text)
+    assert products.met and products.got is not None and products.got.startswith("0.75x")
+    compiled = next(target for text, target in found.items() if "1.2x compile" in text)
+    assert not compiled.met and compiled.got is not None and compiled.got.startswith("1.10x")
+    alone = next(target for text, target in found.items() if "8192x128->1024" in text and "alone" in text)
+    assert (alone.got, alone.met) == ("1.12x", False)
+    assert not any(target.text.startswith(("bf16", "fp16")) for target in found.values())
 
 
 def test_runs_survive_json_and_csv(tmp_path: Path) -> None:

@@ -7,9 +7,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from fusefeat.ops.shared_penalty import rows_to_keep
 
-N, D, F = 2048, 256, 65536
-BOUND = 64 * 2**20 + 64 * (N + F)  # scratch, and a few vectors over rows and features
+# The widest, one whose logits are kept in part, and one where kept logits and the tile in scratch are largest together.
+SHAPES = [(2048, 256, 65536), (4096, 128, 8192), (2048, 64, 16384)]
 ALLOCATOR_SLACK = 8 * 2**20
 
 CHILD = """
@@ -39,19 +41,37 @@ reset()
 before = resident()
 penalty, reg = fusefeat.shared_objective(x, None, w, margin=0.1)
 forward = high_water() - before
-reset()
-before = resident()
+reset()  # what the forward kept still counts
 (penalty + reg).backward()
 gradients = sum(t.grad.numel() * 4 for t in (x, w))
 print(json.dumps({"forward": forward, "backward": high_water() - before - gradients}))
 """
 
 
-@pytest.mark.parametrize("threads", [1, 2, 5])
-def test_peak_extra_memory(threads: int) -> None:
-    command = [sys.executable, "-c", CHILD, *map(str, (threads, N, D, F))]
+@pytest.mark.parametrize(
+    ("threads", "shape"), [(1, SHAPES[0]), (2, SHAPES[0]), (5, SHAPES[0]), (2, SHAPES[1]), (2, SHAPES[2])], ids=str
+)
+def test_peak_extra_memory(threads: int, shape: tuple[int, int, int]) -> None:
+    rows, _, features = shape
+    bound = 64 * 2**20 + 64 * (rows + features)  # scratch, and a few vectors over rows and features
+    command = [sys.executable, "-c", CHILD, *map(str, (threads, *shape))]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     extra = json.loads(result.stdout.splitlines()[-1])
-    assert N * F * 4 > 4 * BOUND  # the logits would be seen
+    assert rows * features * 4 > 1.5 * (bound + ALLOCATOR_SLACK)  # the logits would be seen
     for phase, size in extra.items():
-        assert size <= BOUND + ALLOCATOR_SLACK, f"{phase}: {size / 2**20:.1f} MiB"
+        assert size <= bound + ALLOCATOR_SLACK, f"{phase}: {size / 2**20:.1f} MiB"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("features", [1, 128, 8192, 30000, 65536, 10**6])
+@pytest.mark.parametrize("rows", [0, 1, 100, 256, 5000, 10**7])
+def test_kept_logits_leave_room_for_the_tile(rows: int, features: int, dtype: torch.dtype) -> None:
+    row_bytes = features * (8 if dtype == torch.float64 else 4)
+    for channels in (10, 256):
+        keep = rows_to_keep(rows, features, channels, dtype)
+        assert 0 <= keep <= rows
+        assert keep == rows or keep % 64 == 0  # whole strips on every instruction set
+        assert keep == 0 or keep * row_bytes + min(rows, 256) * row_bytes <= 48 * 2**20
+    assert rows_to_keep(8192, 1024, 128, torch.float32) == 8192
+    assert rows_to_keep(4096, 8192, 256, torch.float32) == 1024
+    assert rows_to_keep(8192, 1024, 16, torch.float32) == 0

@@ -112,7 +112,7 @@ void run_chunks(
                                     : blocks_of(logits.depth_block, kernels.strip) * kernels.strip *
                                           blocks_of(most.lanes, kernels.pack_factor) * size);
   const Buffer tile(blocks_of(split.rows, kernels.strip) * kernels.strip * logits.features * size);
-  const Buffer dots(with_dots ? most.blocks * most.lanes * size : 0);
+  const Buffer dots(with_dots ? 3 * most.blocks * most.lanes * size : 0);
   const Buffer grad_rows(
       with_rows ? partition.parts * blocks_of(logits.depth_block, kernels.strip) * kernels.strip * most.lanes * size
                 : 0);
@@ -132,6 +132,7 @@ void run_chunks(
   args.row_offset = data(wishes.offset);
   args.row_prob_scale = data(wishes.prob_scale);
   args.row_excess_grad = data(wishes.excess_grad);
+  args.row_lse_grad = data(wishes.lse_grad);
   args.row_dot = data(wishes.row_dot);
   if (wishes.grad != nullptr) args.grad = matrix_of(*wishes.grad);
   if (wishes.assignment != nullptr) args.assignment = matrix_of(*wishes.assignment);

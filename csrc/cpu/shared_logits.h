@@ -71,16 +71,17 @@ struct SharedBackwardArgs {
   void* tile;               // logits of the chunk, unless kept
   const void* kept;         // logits of the first kept_rows rows as the forward left them; null: in tile
   int64_t kept_rows;
-  void* dots;                 // per feature block and lane: sum of probability times incoming gradient; or null
+  void* dots;                 // three sums per feature block and lane, over the probabilities; or null
   const void* grad_prob_sum;  // acc [features], or null
   // acc [rows], padded to whole strips: dz = P (log_scale log P + offset + prob_scale grad_prob_sum) + excess_grad
-  // where z > margin.
+  // where z > margin. Given dots, offset then takes the mean over P of the terms away and lse_grad in.
   const void* row_lse;
   const void* row_log_scale;
   void* row_offset;
   const void* row_prob_scale;
   const void* row_excess_grad;  // or null
-  void* row_dot;
+  const void* row_lse_grad;
+  void* row_dot;      // sum of P grad_prob_sum
   Matrix grad;        // of the matrix-valued operators
   Matrix assignment;  // of shared_assignment
   // Partition of the gradient phase: `parts` ranges of feature blocks times `sums` ranges of groups.

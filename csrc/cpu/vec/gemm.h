@@ -92,11 +92,16 @@ inline void store_tile(A* to, int64_t stride, int columns, bool add, VecOf<A> (&
     }
     return;
   }
-  A row[kStrip<A>];
   for (int r = 0; r < kRows; ++r) {
-    store(row, sum[r][0]);
-    store(row + kLanes<A>, sum[r][1]);
-    for (int c = 0; c < columns; ++c) to[r * stride + c] = add ? to[r * stride + c] + row[c] : row[c];
+    for (int j = 0; j * kLanes<A> < columns; ++j) {
+      A* at = to + r * stride + j * kLanes<A>;
+      const int left = columns - j * kLanes<A>;
+      if (left >= kLanes<A>) {
+        store(at, add ? sum[r][j] + load(at) : sum[r][j]);
+      } else {
+        store_part(at, add ? sum[r][j] + load_part(at, left) : sum[r][j], left);
+      }
+    }
   }
 }
 

@@ -58,26 +58,49 @@ inline void matrix_block(
   matrix_to_tile<A>(matrix, row, rows_of_strip<A>(args.chunk, strip), begin, features, tile);
 }
 
-// sum_f P g per lane, of logits.
+// Where a block's sums of a strip begin; those of the next kind come after all blocks of this one.
+template <typename A>
+struct Dots {
+  A *of_terms, *of_grads, *of_probs;
+
+  Dots(const SharedBackwardArgs& args, int64_t block, int64_t strip) {
+    const int64_t step = blocks_of(args.logits.features, args.logits.block) * args.chunk.strips * kStrip<A>;
+    of_grads = static_cast<A*>(args.dots) + (block * args.chunk.strips + strip) * kStrip<A>;
+    of_terms = of_grads + step;
+    of_probs = of_terms + step;
+  }
+};
+
+// Per lane: sums over the features of P t, P g and P, of logits, where dz = P (t - mean of t).
 template <typename A>
 inline void logits_dots(
-    const SharedBackwardArgs& args, int64_t strip, int64_t begin, int64_t features, Tile<A> z, A* dots) {
+    const SharedBackwardArgs& args, int64_t strip, int64_t begin, int64_t features, Tile<A> z, Dots<A> dots) {
   constexpr int lanes = kLanes<A>;
-  const Lanes<A> lse(args.row_lse, args.chunk.begin + strip * kStrip<A>);
-  const A* grads = static_cast<const A*>(args.grad_prob_sum) + begin;
-  VecOf<A> sum0{}, sum1{};
+  const int64_t row = args.chunk.begin + strip * kStrip<A>;
+  const Lanes<A> lse(args.row_lse, row), log_scale(args.row_log_scale, row), offset(args.row_offset, row);
+  const Lanes<A> prob_scale(args.row_prob_scale, row);
+  const A* grads = args.grad_prob_sum == nullptr ? nullptr : static_cast<const A*>(args.grad_prob_sum) + begin;
+  VecOf<A> terms[2] = {}, products[2] = {}, probs[2] = {};
   for (int64_t f = 0; f < features; ++f) {
-    const VecOf<A> g = splat<A>(grads[f]);
-    const VecOf<A> p0 = exp_nonpositive<A>(load(z.data + f * z.stride) - lse.v[0]);
-    const VecOf<A> p1 = exp_nonpositive<A>(load(z.data + f * z.stride + lanes) - lse.v[1]);
-    sum0 += p0 == 0 ? VecOf<A>{} : p0 * g;
-    sum1 += p1 == 0 ? VecOf<A>{} : p1 * g;
+    const VecOf<A> g = grads == nullptr ? VecOf<A>{} : splat<A>(grads[f]);
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      const VecOf<A> log_p = bounded_below<A>(load(z.data + f * z.stride + j * lanes) - lse.v[j]);
+      const VecOf<A> p = exp_nonpositive<A>(log_p);
+      const VecOf<A> t = fma(prob_scale.v[j], g, fma(log_scale.v[j], log_p, offset.v[j]));
+      terms[j] += p == 0 ? VecOf<A>{} : p * t;
+      products[j] += p == 0 ? VecOf<A>{} : p * g;
+      probs[j] += p;
+    }
   }
-  store(dots, sum0);
-  store(dots + lanes, sum1);
+  for (int j = 0; j < 2; ++j) {
+    store(dots.of_terms + j * lanes, terms[j]);
+    store(dots.of_grads + j * lanes, products[j]);
+    store(dots.of_probs + j * lanes, probs[j]);
+  }
 }
 
-// The same of a given assignment and gradient matrix.
+// sum_f P g of a given assignment and gradient matrix.
 template <typename A>
 inline void matrix_dots(
     const SharedBackwardArgs& args, int64_t strip, int64_t begin, int64_t features, A* scratch, A* dots) {
@@ -93,11 +116,6 @@ inline void matrix_dots(
     }
     store(dots + j * lanes, sum);
   }
-}
-
-template <typename A>
-inline A* dots_of(const SharedBackwardArgs& args, int64_t block, int64_t strip) {
-  return static_cast<A*>(args.dots) + (block * args.chunk.strips + strip) * kStrip<A>;
 }
 
 // Logits of a block of features for a group of rows, into the chunk's tile.
@@ -120,7 +138,7 @@ void logits_task(const SharedBackwardArgs& args, int64_t block, int64_t group, v
     // By way of a tile in cache: stores that miss hold up the products.
     for (int64_t i = 0; i < features * kStrip<A>; i += kLanes<A>) store(tile + i, load(z + i));
     if (last && args.dots != nullptr) {
-      logits_dots<A>(args, s, begin, features, {z, kStrip<A>}, dots_of<A>(args, block, s));
+      logits_dots<A>(args, s, begin, features, {z, kStrip<A>}, Dots<A>(args, block, s));
     }
   }
 }
@@ -132,9 +150,9 @@ void dots_task(const SharedBackwardArgs& args, int64_t block, int64_t group, voi
   const int64_t group_strips = logits.group / kStrip<A>;
   const int64_t end = min_of((group + 1) * group_strips, args.chunk.strips);
   for (int64_t s = group * group_strips; s < end; ++s) {
-    A* to = dots_of<A>(args, block, s);
+    const Dots<A> to(args, block, s);
     if (args.kind == Gradient::assignment) {
-      matrix_dots<A>(args, s, begin, features, static_cast<A*>(scratch), to);
+      matrix_dots<A>(args, s, begin, features, static_cast<A*>(scratch), to.of_grads);
     } else {
       logits_dots<A>(args, s, begin, features, logits_of<A>(args, s, begin, features, static_cast<A*>(scratch)), to);
     }
@@ -145,12 +163,23 @@ template <typename A, bool kPairs>
 void combine_dots(const SharedBackwardArgs& args, int64_t strip) {
   const int64_t blocks = blocks_of(args.logits.features, args.logits.block), row = args.chunk.begin + strip * kStrip<A>;
   for (int j = 0; j < 2; ++j) {
-    const int64_t at = row + j * kLanes<A>;
-    VecOf<A> dot{};
-    for (int64_t b = 0; b < blocks; ++b) dot += load(dots_of<A>(args, b, strip) + j * kLanes<A>);
+    const int64_t at = row + j * kLanes<A>, lane = j * kLanes<A>;
     A* offset = static_cast<A*>(args.row_offset) + at;
+    VecOf<A> dot{}, terms{}, probs{};
+    for (int64_t b = 0; b < blocks; ++b) dot += load(Dots<A>(args, b, strip).of_grads + lane);
     store(static_cast<A*>(args.row_dot) + at, dot);
-    store(offset, load(offset) - load(static_cast<const A*>(args.row_prob_scale) + at) * dot);
+    if (args.kind == Gradient::assignment) {
+      store(offset, -load(static_cast<const A*>(args.row_prob_scale) + at) * dot);
+      continue;
+    }
+    // The mean over the very probabilities that it is taken off from, whose sum is 1 but for the rounding of lse:
+    // what is left of that would tilt all gradients of a row the same way.
+    for (int64_t b = 0; b < blocks; ++b) {
+      terms += load(Dots<A>(args, b, strip).of_terms + lane);
+      probs += load(Dots<A>(args, b, strip).of_probs + lane);
+    }
+    const VecOf<A> lse_grad = load(static_cast<const A*>(args.row_lse_grad) + at);
+    store(offset, load(offset) - terms / probs + lse_grad);
   }
 }
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import backends, checks
 from ..ops import clamped_reg as operators
+from ..ops import shared_loss
 from ..reference import clamped_reg as reference
 from ._shared import Logits, ordered_sum, prepare
 
@@ -57,6 +58,15 @@ def check_reduction(function: str, reduction: object) -> None:
         raise ValueError(f"{function}: reduction must be 'mean' or 'sum', got {reduction!r}")
 
 
+def scale_and_shift(logits: Logits, subtract_floor: bool, reduction: str) -> tuple[float, float]:
+    """What turns the sum of all max(z - margin, 0), of rows without weights, into the regulariser."""
+    floor = 0.0 if subtract_floor else logits.margin
+    count = logits.rows * logits.features
+    if reduction == "sum":
+        return 1.0, floor * count
+    return (1.0 / count, floor) if count else (0.0, 0.0)
+
+
 def reduce(
     logits: Logits, row_excess: Tensor, fired: Tensor, subtract_floor: bool, reduction: str
 ) -> tuple[Tensor, ClampStats]:
@@ -75,7 +85,8 @@ def reduce(
         reg = excess + floor * features * total
     else:
         safe_total = torch.where(total > 0, total, 1.0)
-        reg = excess / (safe_total * max(features, 1)) + torch.where(total > 0, floor, 0.0)
+        # Not torch.where(total > 0, floor, 0.0), which would round a float64 floor to torch's default dtype.
+        reg = excess / (safe_total * max(features, 1)) + floor * (total > 0).to(excess.dtype)
     active = fired.sum().to(excess.dtype) / torch.where(used_rows > 0, used_rows * max(features, 1), 1.0)
     return reg, ClampStats(active.detach(), fired)
 
@@ -114,6 +125,10 @@ def clamped_reg(
     logits = prepare("clamped_reg", input, context, weight, bias, margin, row_weight)
     check_reduction("clamped_reg", reduction)
     chosen = backends.choose("clamped_reg", backend, input)
+    if not return_stats and shared_loss.serves(chosen, logits.row_weight):
+        checks.no_forward_mode("clamped_reg", chosen, *logits)
+        args = (*logits[:5], logits.operand, *scale_and_shift(logits, subtract_floor, reduction))
+        return shared_loss.operator("clamped_loss")(*args)[0]
     if chosen == "reference":
         row_excess, fired = reference.statistics(*logits)
     else:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks
+from ..ops import shared_loss
 from ..ops import shared_penalty as operators
 from ..reference import shared_penalty as reference
 from ._shared import Logits, ordered_sum, prepare
-from .clamped_reg import ClampStats, check_reduction, reduce
+from .clamped_reg import ClampStats, check_reduction, reduce, scale_and_shift
 
 
 class SharedStats(NamedTuple):
@@ -73,10 +74,28 @@ def _statistics(function: str, logits: Logits, backend: str | None, with_clamp: 
     if chosen == "reference":
         return reference.statistics(*logits, with_clamp)
     checks.no_forward_mode(function, chosen, *logits)
-    keep = 0
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        keep = operators.rows_to_keep(logits.rows, logits.features, logits.input.dtype, chosen, logits.operand)
+    keep = _rows_to_keep(logits, chosen)
     return operators.operator("shared_penalty", chosen)(*logits, with_clamp, keep)[:5]
+
+
+def _rows_to_keep(logits: Logits, backend: str) -> int:
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return 0
+    sizes = logits.rows, logits.features, logits.weight.shape[1]
+    return operators.rows_to_keep(*sizes, logits.input.dtype, backend, logits.operand)
+
+
+def _scalars(
+    function: str,
+    logits: Logits,
+    factors: tuple[float, float],
+    reg: tuple[float, float] | None,
+) -> tuple[Tensor, Tensor]:
+    """Penalty and regulariser (empty without ``reg``, its scale and shift) from the operator that finishes both."""
+    checks.no_forward_mode(function, "cpu", *logits)
+    scale, shift = (0.0, 0.0) if reg is None else reg
+    args = (*logits[:5], logits.operand, *factors, reg is not None, scale, shift, _rows_to_keep(logits, "cpu"))
+    return shared_loss.operator("shared_loss")(*args)[:2]
 
 
 def _all_reduce(value: Tensor, process_group: Any) -> Tensor:
@@ -158,8 +177,10 @@ def shared_penalty(
     in [0, log F]: the information-maximisation loss (Krause, Perona & Gomes 2010; Hu et al. 2017), the mean-entropy
     maximisation of MSN (Assran et al. 2022), the codebook entropy loss of lookup-free quantisers (Yu et al. 2024).
 
-    Memory beyond inputs, parameters and their gradients is O(N + F) plus at most 64 MiB. The logits are kept for the
-    backward when they take at most 32 MiB and recomputed otherwise (``fusefeat.ops.shared_penalty.rows_to_keep``).
+    Memory beyond inputs, parameters and their gradients is O(N + F) plus at most 64 MiB. On the CPU the backward
+    finds up to 32 MiB of the logits kept (less beside features so many that 256 rows of logits take over 16 MiB, none
+    with fewer than 32 channels and over 8 MiB of logits) and recomputes those of the other rows:
+    ``fusefeat.ops.shared_penalty.rows_to_keep``.
 
     Args:
         input, context, weight, bias, margin, backend: as in :func:`shared_assignment`.
@@ -181,6 +202,10 @@ def shared_penalty(
     """
     logits = prepare("shared_penalty", input, context, weight, bias, margin, row_weight)
     factors = _check_penalty("shared_penalty", logits, prior, entropy_weight, balance_weight, process_group)
+    if prior is None and process_group is None and not return_stats:
+        chosen = backends.choose("shared_penalty", backend, logits.input)
+        if shared_loss.serves(chosen, logits.row_weight):
+            return _scalars("shared_penalty", logits, factors, None)[0]
     statistics = _statistics("shared_penalty", logits, backend, with_clamp=False)
     penalty, stats = _penalty("shared_penalty", logits, statistics, prior, *factors, process_group)
     return (penalty, stats) if return_stats else penalty
@@ -214,6 +239,10 @@ def shared_objective(
     logits = prepare("shared_objective", input, context, weight, bias, margin, row_weight)
     factors = _check_penalty("shared_objective", logits, prior, entropy_weight, balance_weight, process_group)
     check_reduction("shared_objective", reduction)
+    if prior is None and process_group is None and not return_stats:
+        chosen = backends.choose("shared_objective", backend, logits.input)
+        if shared_loss.serves(chosen, logits.row_weight):
+            return _scalars("shared_objective", logits, factors, scale_and_shift(logits, subtract_floor, reduction))
     statistics = _statistics("shared_objective", logits, backend, with_clamp=True)
     penalty, stats = _penalty("shared_objective", logits, statistics, prior, *factors, process_group)
     reg, clamp_stats = reduce(logits, statistics[3], statistics[4], subtract_floor, reduction)

@@ -1,0 +1,110 @@
+"""The operators that finish penalty and regulariser: equal to the general way, differentiable twice, opcheck."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import fusefeat
+import pytest
+import torch
+from fusefeat import _library
+from fusefeat.ops import shared_loss
+from torch import Tensor
+
+if not _library.STATE.cpu_loaded:
+    pytest.skip(f"no compiled CPU kernels: {_library.STATE.reasons}", allow_module_level=True)
+
+OPS = torch.ops.fusefeat
+
+
+def leaves(dtype: torch.dtype, rows: int = 14, features: int = 20) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(rows, 6), (5, 6), (features, 6), (features,)]
+    return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
+
+
+def general(monkeypatch: pytest.MonkeyPatch, function: Any, args: Any, **keywords: Any) -> Any:
+    with monkeypatch.context() as patch:
+        patch.setattr(shared_loss, "serves", lambda *args: False)
+        return function(*args, **keywords)
+
+
+FUNCTIONS = {
+    "penalty": (fusefeat.shared_penalty, {"entropy_weight": 0.8, "balance_weight": 1.3}),
+    "objective": (fusefeat.shared_objective, {"entropy_weight": -0.5, "reduction": "sum"}),
+    "objective mean": (fusefeat.shared_objective, {"subtract_floor": True}),
+    "reg": (fusefeat.clamped_reg, {}),
+    "reg sum": (fusefeat.clamped_reg, {"reduction": "sum", "subtract_floor": True}),
+}
+
+
+def both_of(results: Any) -> Tensor:
+    return results if isinstance(results, Tensor) else results[0] + 0.3 * results[1]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_same_as_the_general_way(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    function, keywords = FUNCTIONS[name]
+    args = leaves(dtype)
+    got = both_of(function(*args, margin=0.7, **keywords))
+    want = both_of(general(monkeypatch, function, args, margin=0.7, **keywords))
+    assert got.dtype == want.dtype
+    tolerance = {torch.float64: 1e-12, torch.float32: 2e-6}.get(dtype, 2e-6)
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+    scale = {torch.bfloat16: 1e-2, torch.float16: 2e-3}.get(dtype, 3 * tolerance)
+    grads = [torch.autograd.grad(out, args, torch.tensor(1.7, dtype=out.dtype)) for out in (got, want)]
+    for mine, other in zip(*grads, strict=True):
+        assert mine.dtype == dtype
+        torch.testing.assert_close(mine, other, rtol=scale, atol=scale * float(other.abs().max()))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_derivatives(name: str) -> None:
+    function, keywords = FUNCTIONS[name]
+    args = leaves(torch.float64, rows=4, features=3)
+    assert torch.autograd.gradcheck(lambda *a: function(*a, **keywords), args)
+    assert torch.autograd.gradgradcheck(lambda *a: function(*a, **keywords), args)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_no_rows_and_switched_off_features(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    function, keywords = FUNCTIONS[name]
+    input, _, weight, bias = leaves(torch.float32)
+    empty = input.detach()[:0].requires_grad_()
+    out = both_of(function(empty, None, weight, bias, **keywords))
+    assert out == 0
+    assert all((grad == 0).all() for grad in torch.autograd.grad(out, [empty, weight, bias]))
+    with torch.no_grad():
+        bias[[2, 7]] = float("-inf")
+    args = (input, None, weight, bias)
+    out = both_of(function(*args, **keywords))
+    torch.testing.assert_close(out, both_of(general(monkeypatch, function, args, **keywords)))
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad(out, [input, weight, bias]))
+    with torch.no_grad():
+        input[3, 1] = float("nan")
+    assert both_of(function(*args, **keywords)).isnan()
+
+
+def test_only_one_of_the_two_is_used() -> None:
+    input, context, weight, bias = leaves(torch.float64)
+    for index in (0, 1):
+        out = fusefeat.shared_objective(input, context, weight, bias)[index]
+        alone = (fusefeat.shared_penalty, fusefeat.clamped_reg)[index](input, context, weight, bias)
+        args = [input, context, weight, bias]
+        for mine, other in zip(torch.autograd.grad(out, args), torch.autograd.grad(alone, args), strict=True):
+            torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("with_reg", [False, True])
+def test_opcheck(dtype: torch.dtype, with_reg: bool) -> None:
+    input, context, weight, bias = leaves(dtype)
+    args = (context, input, weight, bias, 0.7, 0, 0.8, 1.3, with_reg, 0.1, 0.2)
+    torch.library.opcheck(OPS.shared_loss.default, (*args, 19))
+    penalty, reg, *saved = OPS.shared_loss(*[a.detach() if isinstance(a, Tensor) else a for a in args], 0)
+    incoming = (torch.randn_like(penalty), torch.randn_like(reg) if with_reg else None)
+    torch.library.opcheck(OPS.shared_loss_backward.default, (*incoming, *args, *saved, [True] * 4))
+    clamped = (context, input, weight, bias, 0.7, 0, 0.1, 0.2)
+    torch.library.opcheck(OPS.clamped_loss.default, clamped)
+    torch.library.opcheck(OPS.clamped_loss_backward.default, (torch.ones_like(penalty), *clamped, [True] * 4))
