@@ -243,6 +243,24 @@ def test_opcheck(full: bool, dtype: torch.dtype) -> None:
     torch.library.opcheck(OPS.clamped_activation_backward.default, (grad, *common, 0, NEEDS[0][:4]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_opcheck_of_finished_scalars(dtype: torch.dtype) -> None:
+    acc = torch.promote_types(dtype, torch.float32)
+    context, x, weight, bias = (pool_cases.rand(*s, dtype=dtype) for s in ((2, 3), (4, 3), (5, 3), (5,)))
+    common = [t.requires_grad_() for t in (context, x, weight, bias)] + [MARGIN, 0]
+    for with_reg, keep in ((False, 0), (True, 6)):
+        args = (*common, 0.8, 1.3, with_reg, 0.5, 0.1)
+        torch.library.opcheck(OPS.shared_loss.default, (*args, keep))
+        _, _, *saved = (t.detach() for t in OPS.shared_loss(*args, keep))
+        grads = [torch.randn((), dtype=acc, requires_grad=True) for _ in range(2)]
+        if not with_reg:
+            grads[1] = None
+        torch.library.opcheck(OPS.shared_loss_backward.default, (*grads, *args, *saved, NEEDS[0][:4]))
+    torch.library.opcheck(OPS.clamped_loss.default, (*common, 0.5, 0.1))
+    grad = torch.randn((), dtype=acc, requires_grad=True)
+    torch.library.opcheck(OPS.clamped_loss_backward.default, (grad, *common, 0.5, 0.1, NEEDS[0][:4]))
+
+
 def test_operators_refuse_bad_input_with_a_runtime_error() -> None:
     x, weight, bias, context = torch.randn(4, 3), torch.randn(5, 3), torch.randn(5), torch.randn(2, 3)
     bad: list[tuple[Any, ...]] = [
