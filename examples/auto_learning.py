@@ -74,7 +74,7 @@ def main() -> None:
         "A layer that also learns on its own, in an MLP and in VGG16.",
         epochs=10,
         batch_size=16,
-        lr=0.01,
+        lr=5e-4,
     )
     arguments.add_argument("--nets", nargs="+", choices=("mlp", "vgg16"), default=["mlp", "vgg16"])
     arguments.add_argument("--local-lr", type=float, default=0.01, help="learning rate of the layer's own steps")
