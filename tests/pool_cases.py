@@ -243,6 +243,11 @@ def _(dtype: torch.dtype) -> Inputs:
     return Inputs(rand(3, 30, 16, dtype=dtype), rand(16, dtype=dtype), scale=1.0)
 
 
+@softmax("scores far from zero")
+def _(dtype: torch.dtype) -> Inputs:
+    return Inputs(rand(3, 40, 6, dtype=dtype), (rand(3, 40, 2) + 1000).to(dtype))
+
+
 @attention("growing scores rescale every step")
 def _(dtype: torch.dtype) -> Inputs:
     x = rand(2, 200, 8, dtype=dtype)

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 CASES = {
-    "pools": ["test_attention_pool.py", "-k", "cpu and not gradcheck and not float16"],
+    "pools": ["tests/test_attention_pool.py", "-k", "cpu and not gradcheck and not float16"],
     "shared": [
-        "test_shared_penalty.py",
+        "tests/test_shared_penalty.py",
         "-k",
         "cpu and not gradcheck and not float16 and not (regulariser and float64)",
     ],
@@ -24,7 +24,7 @@ CASES = {
 def test_every_element_is_written(family: str) -> None:
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *CASES[family]]
     environment = {**os.environ, "FUSEFEAT_POISON": "1"}
-    done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:]
 
 

@@ -145,3 +145,13 @@ def test_gradients_through_the_weights_alone(backend: str) -> None:
     want = torch.softmax(x @ query, 1)
     for got, plain in zip(grads(weights.square(), x, query), grads(want.square(), x, query), strict=True):
         torch.testing.assert_close(got, plain)
+
+
+def test_an_incoming_gradient_of_a_masked_weight_does_not_count(backend: str) -> None:
+    x, query = torch.randn(2, 9, 4, requires_grad=True), torch.randn(4, requires_grad=True)
+    mask = torch.rand(2, 9) > 0.3
+    _, weights = fusefeat.attention_pool(x, query, mask=mask, return_weights=True, backend=backend)
+    incoming = torch.randn(2, 9)
+    with_nan = torch.autograd.grad(weights, (x, query), torch.where(mask, incoming, NAN), retain_graph=True)
+    for got, plain in zip(with_nan, torch.autograd.grad(weights, (x, query), incoming), strict=True):
+        torch.testing.assert_close(got, plain)

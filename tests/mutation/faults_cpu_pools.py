@@ -6,6 +6,8 @@ from .table import rows
 
 KERNELS = "tests/test_cpu_kernels.py -k {isa}"
 POISONED = f"FUSEFEAT_POISON=1 {KERNELS}"
+MASKED = "tests/test_pool_semantics.py -k cpu and masked_weight"
+FAR = "tests/test_attention_pool.py -k cpu and far and float32"
 NUMBERS = "tests/test_cpu_simd.py -k {isa}"
 
 FORWARD = rows(
@@ -57,9 +59,9 @@ BACKWARD = rows(
     "csrc/cpu/vec/pool_backward.h",
     KERNELS,
     ("sign of delta", "(load(dots + i) - delta) * scale;", "(load(dots + i) + delta) * scale;"),
-    ("lse in single precision", "exp_lanes<A>(score - high - low);", "exp_lanes<A>(score - high);"),
+    ("lse in single precision", "exp_lanes<A>(score - high - low);", "exp_lanes<A>(score - high);", FAR),
     ("dropped tokens' gradient not written", "  zero_until(end);\n", "", POISONED),
-    ("gradient of a weight of 0 counts", "if (weight != 0) sum +=", "sum +="),
+    ("gradient of a weight of 0 counts", "if (weight != 0) sum +=", "sum +=", MASKED),
     (
         "query's gradient of no token not written",
         "if (grad_query != nullptr && first) fill(",

@@ -74,9 +74,9 @@ SHARED_SCRATCH = Planted(
     "tests/test_cpu_kernels.py -k threads_and_repeats",
     "data race",
 )
-KERNEL_READS_PAST_THE_TOKENS = Planted(
-    Fault("csrc/cuda/bags.cuh", "return value < 0 ? 0 : value > tokens ? tokens : value;", "return value;"),
-    "tests/test_cuda_on_cpu_attention_pool.py -k offsets",
+KERNEL_WRITES_PAST_THE_TOKENS = Planted(
+    Fault("csrc/cuda/bags.cuh", "return token < tokens ? token : tokens;", "return token;"),
+    "tests/test_gpu_kernels_on_shared_cases.py -k attention_pool_in_cuda and small",
     "heap-buffer-overflow",
 )
 
@@ -91,7 +91,7 @@ KINDS = {
     "cuda": Kind(
         "",
         ("libasan.so", "libubsan.so"),
-        (KERNEL_READS_PAST_THE_TOKENS,),
+        (KERNEL_WRITES_PAST_THE_TOKENS,),
         (("tests/test_cuda_on_cpu_attention_pool.py",), ("tests/test_gpu_kernels_on_shared_cases.py", "-k", "cuda")),
         # Stacks are left out: the address sanitizer does not know fibers.
         {"CUDA_ON_CPU_FLAGS": f"{ADDRESS} {STRICT} --param=asan-stack=0"},
