@@ -30,10 +30,11 @@ LAUNCHERS.append(ROOT / "csrc" / "cuda" / "attention_pool.cu")
 
 @pytest.mark.skipif(cuda_resources.nvcc() is None, reason="nvcc is not in PATH")
 @pytest.mark.parametrize("source", LAUNCHERS, ids=lambda path: path.stem)
-def test_no_spills(source):
-    """One architecture, to be quick; benchmarks/cuda_resources.py takes them all."""
+def test_no_spills(source, pytestconfig):
+    """One architecture, to be quick; benchmarks/cuda_resources.py takes them all. The table goes to pytest's cache."""
     report = cuda_resources.ptxas_report(source, ["90"])
     found = list(cuda_resources.kernels(report))
+    (pytestconfig.cache.mkdir("reports") / f"cuda_{source.stem}.txt").write_text(cuda_resources.table(found) + "\n")
     assert len(found) == report.count("Compiling entry function") > 0
     dirty = [kernel for kernel in found if not kernel.clean]
     assert not dirty, cuda_resources.table(dirty)

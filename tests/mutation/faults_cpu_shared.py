@@ -53,8 +53,16 @@ FORWARD = rows(
 BACKWARD = rows(
     "csrc/cpu/vec/shared_backward.h",
     KERNELS,
-    ("no term of log P", "fma(log_scale.v[j], log_p, offset.v[j]));", "offset.v[j]);"),
-    ("sign of the dots", "load(offset) - load(", "load(offset) + load("),
+    (
+        "no term of log P",
+        "fma(log_scale.v[j], log_p, offset.v[j]));\n      VecOf<A> d",
+        "offset.v[j]);\n      VecOf<A> d",
+    ),
+    (
+        "sign of the mean",
+        "load(offset) - terms / probs + lse_grad);",
+        "load(offset) + terms / probs + lse_grad);",
+    ),
     ("gradient at a tie", "d += v > margin ? excess.v[j]", "d += v >= margin ? excess.v[j]"),
     ("margin left out", "const VecOf<A> g = margin * load(grads", "const VecOf<A> g = load(grads"),
     ("bias gradient of the last chunk only", "(first_rows ? A{} : sums[f]) +", "A{} +"),
@@ -68,10 +76,20 @@ BACKWARD = rows(
 
 HOST = [
     *rows(
-        "csrc/cpu/shared_penalty.cpp",
+        "csrc/cpu/shared_statistics.cpp",
         KERNELS,
         ("sign of the entropy's gradient", "scales[i] = -grad[i];", "scales[i] = grad[i];"),
-        ("no entropy in the offset", "lse_grads[i] - grad[i] * values[i];", "lse_grads[i];"),
+    ),
+    *rows(
+        "csrc/cpu/shared_loss.cpp",
+        "tests/test_shared_penalty.py -k cpu",
+        ("divergence not that of the uniform prior", "std::log(p * static_cast<double>(features))", "std::log(p)"),
+        ("regulariser without its floor", ", rows) + reg_shift);", ", rows));"),
+        (
+            "gradient of the balance without its weight",
+            "rows, features, each * balance_weight);",
+            "rows, features, each);",
+        ),
     ),
     *rows(
         "csrc/cpu/shared_problem.cpp",

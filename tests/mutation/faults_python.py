@@ -58,7 +58,7 @@ FAULTS = [
         ),
     ),
     *rows(
-        "python/fusefeat/functional/shared_penalty.py",
+        "python/fusefeat/functional/_penalty.py",
         SHARED,
         ("prior left out", "mean_probs * (log_probs - log_prior), 0.0)", "mean_probs * log_probs, 0.0)"),
         (

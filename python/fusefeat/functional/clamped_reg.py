@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -89,6 +89,54 @@ def reduce(
         reg = excess / (safe_total * max(features, 1)) + floor * (total > 0).to(excess.dtype)
     active = fired.sum().to(excess.dtype) / torch.where(used_rows > 0, used_rows * max(features, 1), 1.0)
     return reg, ClampStats(active.detach(), fired)
+
+
+@overload
+def clamped_reg(
+    input: Tensor,
+    context: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    margin: float = 1.0,
+    row_weight: Tensor | None = None,
+    subtract_floor: bool = False,
+    reduction: str = "mean",
+    return_stats: Literal[False] = False,
+    backend: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def clamped_reg(
+    input: Tensor,
+    context: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    margin: float = 1.0,
+    row_weight: Tensor | None = None,
+    subtract_floor: bool = False,
+    reduction: str = "mean",
+    return_stats: Literal[True],
+    backend: str | None = None,
+) -> tuple[Tensor, ClampStats]: ...
+
+
+@overload
+def clamped_reg(
+    input: Tensor,
+    context: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    margin: float = 1.0,
+    row_weight: Tensor | None = None,
+    subtract_floor: bool = False,
+    reduction: str = "mean",
+    return_stats: bool,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, ClampStats]: ...
 
 
 def clamped_reg(

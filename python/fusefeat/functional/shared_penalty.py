@@ -2,35 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, overload
 
-import torch
 from torch import Tensor
 
 from .. import backends, checks
 from ..ops import shared_loss
 from ..ops import shared_penalty as operators
 from ..reference import shared_penalty as reference
-from ._shared import Logits, ordered_sum, prepare
+from ._penalty import SharedStats, check_penalty, finished_scalars, reduce_penalty, row_statistics
+from ._shared import prepare
 from .clamped_reg import ClampStats, check_reduction, reduce, scale_and_shift
-
-
-class SharedStats(NamedTuple):
-    """Statistics of the assignment P, all differentiable and in the accumulation type (entropies in nats).
-
-    Attributes:
-        conditional_entropy: sum_n r_n H(P_n), a scalar; over the whole group with ``process_group``.
-        marginal_entropy: H(mean_probs), a scalar; likewise.
-        mean_probs: sum_n r_n P_n, [F]; likewise.
-        row_entropy: H(P_n), [N]; 0 for rows of weight 0.
-        lse: log sum_k exp(z_nk), [N]; 0 for rows of weight 0.
-    """
-
-    conditional_entropy: Tensor
-    marginal_entropy: Tensor
-    mean_probs: Tensor
-    row_entropy: Tensor
-    lse: Tensor
 
 
 def shared_assignment(
@@ -68,89 +50,58 @@ def shared_assignment(
     return operators.operator("shared_assignment", chosen)(*args)[0].to(input.dtype)
 
 
-def _statistics(function: str, logits: Logits, backend: str | None, with_clamp: bool) -> tuple[Tensor, ...]:
-    """row_entropy, lse, prob_sum, row_excess, fired."""
-    chosen = backends.choose(function, backend, logits.input)
-    if chosen == "reference":
-        return reference.statistics(*logits, with_clamp)
-    checks.no_forward_mode(function, chosen, *logits)
-    keep = _rows_to_keep(logits, chosen)
-    return operators.operator("shared_penalty", chosen)(*logits, with_clamp, keep)[:5]
+@overload
+def shared_penalty(
+    input: Tensor,
+    context: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    margin: float = 1.0,
+    row_weight: Tensor | None = None,
+    prior: Tensor | None = None,
+    entropy_weight: float = 1.0,
+    balance_weight: float = 1.0,
+    process_group: Any = None,
+    return_stats: Literal[False] = False,
+    backend: str | None = None,
+) -> Tensor: ...
 
 
-def _rows_to_keep(logits: Logits, backend: str) -> int:
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return 0
-    sizes = logits.rows, logits.features, logits.weight.shape[1]
-    return operators.rows_to_keep(*sizes, logits.input.dtype, backend, logits.operand)
+@overload
+def shared_penalty(
+    input: Tensor,
+    context: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    margin: float = 1.0,
+    row_weight: Tensor | None = None,
+    prior: Tensor | None = None,
+    entropy_weight: float = 1.0,
+    balance_weight: float = 1.0,
+    process_group: Any = None,
+    return_stats: Literal[True],
+    backend: str | None = None,
+) -> tuple[Tensor, SharedStats]: ...
 
 
-def _scalars(
-    function: str,
-    logits: Logits,
-    factors: tuple[float, float],
-    reg: tuple[float, float] | None,
-) -> tuple[Tensor, Tensor]:
-    """Penalty and regulariser (empty without ``reg``, its scale and shift) from the operator that finishes both."""
-    checks.no_forward_mode(function, "cpu", *logits)
-    scale, shift = (0.0, 0.0) if reg is None else reg
-    args = (*logits[:5], logits.operand, *factors, reg is not None, scale, shift, _rows_to_keep(logits, "cpu"))
-    return shared_loss.operator("shared_loss")(*args)[:2]
-
-
-def _all_reduce(value: Tensor, process_group: Any) -> Tensor:
-    from torch.distributed import _functional_collectives
-
-    return _functional_collectives.all_reduce(value, "sum", process_group)
-
-
-def _penalty(
-    function: str,
-    logits: Logits,
-    statistics: tuple[Tensor, ...],
-    prior: Any,
-    entropy_weight: float,
-    balance_weight: float,
-    process_group: Any,
-) -> tuple[Tensor, SharedStats]:
-    row_entropy, lse, prob_sum = statistics[:3]
-    row_weight = logits.row_weight
-    if row_weight is None:
-        entropy_sum = ordered_sum(row_entropy)
-        total = torch.full((), logits.rows, dtype=row_entropy.dtype, device=row_entropy.device)
-    else:
-        entropy_sum, total = ordered_sum(row_weight * row_entropy), ordered_sum(row_weight)
-    if process_group is not None:
-        # One vector, hence one collective, whose backward sums the gradients of all ranks.
-        packed = _all_reduce(torch.cat([entropy_sum[None], total[None], prob_sum]), process_group)
-        entropy_sum, total, prob_sum = packed[0], packed[1], packed[2:]
-    # No rows, or none with a weight: everything is 0 and so are the gradients.
-    total = torch.where(total > 0, total, 1.0)
-    conditional, mean_probs = entropy_sum / total, prob_sum / total
-    used = ~(mean_probs <= 0)  # a NaN stays
-    log_probs = torch.where(used, mean_probs, 1.0).log()
-    marginal = -ordered_sum(mean_probs * log_probs)
-    if prior is None:
-        log_prior: Any = -torch.full((), logits.features, dtype=mean_probs.dtype, device=mean_probs.device).log()
-    else:
-        log_prior = torch.where(used, prior.to(mean_probs.dtype), 1.0).log()
-    divergence = ordered_sum(torch.where(used, mean_probs * (log_probs - log_prior), 0.0))
-    penalty = entropy_weight * conditional + balance_weight * divergence
-    return penalty, SharedStats(conditional, marginal, mean_probs, row_entropy, lse)
-
-
-def _check_penalty(
-    function: str, logits: Logits, prior: Any, entropy_weight: Any, balance_weight: Any, process_group: Any
-) -> tuple[float, float]:
-    if prior is not None:
-        checks.vector(function, "prior", prior, logits.features, "F (rows of weight)", logits.input)
-        checks.not_negative(function, "prior", prior)
-    if process_group is not None:
-        checks.process_group(function, process_group)
-    return (
-        checks.finite_number(function, "entropy_weight", entropy_weight),
-        checks.finite_number(function, "balance_weight", balance_weight),
-    )
+@overload
+def shared_penalty(
+    input: Tensor,
+    context: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    margin: float = 1.0,
+    row_weight: Tensor | None = None,
+    prior: Tensor | None = None,
+    entropy_weight: float = 1.0,
+    balance_weight: float = 1.0,
+    process_group: Any = None,
+    return_stats: bool,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, SharedStats]: ...
 
 
 def shared_penalty(
@@ -201,14 +152,74 @@ def shared_penalty(
         As :func:`shared_assignment`; ValueError also for negative weights or priors (eager CPU tensors).
     """
     logits = prepare("shared_penalty", input, context, weight, bias, margin, row_weight)
-    factors = _check_penalty("shared_penalty", logits, prior, entropy_weight, balance_weight, process_group)
+    factors = check_penalty("shared_penalty", logits, prior, entropy_weight, balance_weight, process_group)
     if prior is None and process_group is None and not return_stats:
         chosen = backends.choose("shared_penalty", backend, logits.input)
         if shared_loss.serves(chosen, logits.row_weight):
-            return _scalars("shared_penalty", logits, factors, None)[0]
-    statistics = _statistics("shared_penalty", logits, backend, with_clamp=False)
-    penalty, stats = _penalty("shared_penalty", logits, statistics, prior, *factors, process_group)
+            return finished_scalars("shared_penalty", logits, factors, None)[0]
+    statistics = row_statistics("shared_penalty", logits, backend, with_clamp=False)
+    penalty, stats = reduce_penalty("shared_penalty", logits, statistics, prior, *factors, process_group)
     return (penalty, stats) if return_stats else penalty
+
+
+@overload
+def shared_objective(
+    input: Tensor,
+    context: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    margin: float = 1.0,
+    row_weight: Tensor | None = None,
+    prior: Tensor | None = None,
+    entropy_weight: float = 1.0,
+    balance_weight: float = 1.0,
+    process_group: Any = None,
+    subtract_floor: bool = False,
+    reduction: str = "mean",
+    return_stats: Literal[False] = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def shared_objective(
+    input: Tensor,
+    context: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    margin: float = 1.0,
+    row_weight: Tensor | None = None,
+    prior: Tensor | None = None,
+    entropy_weight: float = 1.0,
+    balance_weight: float = 1.0,
+    process_group: Any = None,
+    subtract_floor: bool = False,
+    reduction: str = "mean",
+    return_stats: Literal[True],
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, SharedStats, ClampStats]: ...
+
+
+@overload
+def shared_objective(
+    input: Tensor,
+    context: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    margin: float = 1.0,
+    row_weight: Tensor | None = None,
+    prior: Tensor | None = None,
+    entropy_weight: float = 1.0,
+    balance_weight: float = 1.0,
+    process_group: Any = None,
+    subtract_floor: bool = False,
+    reduction: str = "mean",
+    return_stats: bool,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, SharedStats, ClampStats]: ...
 
 
 def shared_objective(
@@ -237,13 +248,15 @@ def shared_objective(
         (penalty, reg), or (penalty, reg, SharedStats, ClampStats) with ``return_stats``.
     """
     logits = prepare("shared_objective", input, context, weight, bias, margin, row_weight)
-    factors = _check_penalty("shared_objective", logits, prior, entropy_weight, balance_weight, process_group)
+    factors = check_penalty("shared_objective", logits, prior, entropy_weight, balance_weight, process_group)
     check_reduction("shared_objective", reduction)
     if prior is None and process_group is None and not return_stats:
         chosen = backends.choose("shared_objective", backend, logits.input)
         if shared_loss.serves(chosen, logits.row_weight):
-            return _scalars("shared_objective", logits, factors, scale_and_shift(logits, subtract_floor, reduction))
-    statistics = _statistics("shared_objective", logits, backend, with_clamp=True)
-    penalty, stats = _penalty("shared_objective", logits, statistics, prior, *factors, process_group)
+            return finished_scalars(
+                "shared_objective", logits, factors, scale_and_shift(logits, subtract_floor, reduction)
+            )
+    statistics = row_statistics("shared_objective", logits, backend, with_clamp=True)
+    penalty, stats = reduce_penalty("shared_objective", logits, statistics, prior, *factors, process_group)
     reg, clamp_stats = reduce(logits, statistics[3], statistics[4], subtract_floor, reduction)
     return (penalty, reg, stats, clamp_stats) if return_stats else (penalty, reg)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import checks, functional
+from ..functional._penalty import all_reduce
 from ..functional._shared import autocast_enabled
-from ..functional.shared_penalty import _all_reduce
 from ._recomputation import Kept, Record, StandIn, copy_before_step, in_backward, inference, must_be_pure
 from ._shared import check_rows, deepcopy_sharing_group, positive_number
 
@@ -147,7 +147,7 @@ class AutoLearningLayer(nn.Module):
 
     def _local_loss(self, x: Tensor, parameters: dict[str, Any]) -> Tensor:
         if self.loss is None:
-            penalty, reg = functional.shared_objective(  # type: ignore[misc]  # without statistics: two results
+            penalty, reg = functional.shared_objective(
                 x.reshape(-1, x.shape[-1]), None, parameters["weight"], parameters.get("bias"), backend=self.backend
             )
             return penalty + reg
@@ -194,7 +194,7 @@ class AutoLearningLayer(nn.Module):
     def _averaged(self, gradients: list[Tensor]) -> list[Tensor]:
         # One vector, hence one collective.
         packed = torch.cat([g.reshape(-1) for g in gradients])
-        packed = _all_reduce(packed, self.process_group) / torch.distributed.get_world_size(self.process_group)
+        packed = all_reduce(packed, self.process_group) / torch.distributed.get_world_size(self.process_group)
         parts = packed.split([g.numel() for g in gradients])
         return [part.view_as(g) for part, g in zip(parts, gradients, strict=True)]
 

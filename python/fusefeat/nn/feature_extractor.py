@@ -157,7 +157,7 @@ class AutoFeatureExtractor(nn.Module):
         row_weight = None
         if filled is not None:
             row_weight = torch.cat([filled, filled.new_ones(x.shape[0])]).to(torch.float32)
-        penalty, reg = functional.shared_objective(  # type: ignore[misc]  # without statistics: two results
+        penalty, reg = functional.shared_objective(
             x,
             queue,
             self.linear.weight,

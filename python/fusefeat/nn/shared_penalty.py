@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, functional
-from ..functional.shared_penalty import _all_reduce
+from ..functional._penalty import all_reduce
 from ._shared import SharedFeatures, deepcopy_sharing_group
 
 
@@ -88,7 +88,7 @@ class ShareableLoss(SharedFeatures):
         count: Any = input.shape[0] + (0 if context is None else context.shape[0])
         if self.process_group is not None:
             local = torch.full((), count, dtype=penalty.dtype, device=penalty.device)
-            count = _all_reduce(local, self.process_group)
+            count = all_reduce(local, self.process_group)
         return penalty * count
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
