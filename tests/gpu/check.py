@@ -41,14 +41,16 @@ def sanitizer() -> str:
 
 def stages(results: Path) -> list[Stage]:
     python = sys.executable
-    benchmarks = [python, "-m", "benchmarks", "attention_pool", "--device", "cuda"]
+    pools = [python, "-m", "benchmarks", "attention_pool", "--device", "cuda"]
+    shared = [python, "-m", "benchmarks", "shared_penalty", "--device", "cuda", "--dtype", "fp32,bf16"]
     # The sweep itself exits with 1 when a value is wrong, hence another status for what the tool finds.
     check = [sanitizer(), "--error-exitcode", "86"]
     return [
         Stage("build", [python, "setup.py", "build_ext", "--inplace"], 240),
         Stage("info", [python, "-m", "fusefeat.info"], 60),
         Stage("tests", [python, "-m", "pytest", "-m", "gpu", "-q", "-ra", "tests"], 240, reserve=180),
-        Stage("benchmarks", [*benchmarks, "--csv", str(results / "attention_pool.csv")], 180, reserve=90),
+        Stage("benchmarks", [*pools, "--csv", str(results / "attention_pool.csv")], 150, reserve=200),
+        Stage("benchmarks-shared", [*shared, "--csv", str(results / "shared_penalty.csv")], 150, reserve=90),
         Stage("memcheck", [*check, "--tool", "memcheck", python, SWEEP], 120, reserve=40),
         Stage("racecheck", [*check, "--tool", "racecheck", python, SWEEP], 120),
     ]
@@ -113,7 +115,7 @@ def main() -> int:
         left = arguments.budget - (started - begin) - stage.reserve
         log = results / f"{stage.name}.log"
         outcome = run(stage, log, max(1.0, min(stage.limit, left)), values)
-        lines.append(f"{stage.name:<12}{time.monotonic() - started:7.1f} s  {outcome}")
+        lines.append(f"{stage.name:<18}{time.monotonic() - started:7.1f} s  {outcome}")
         print(lines[-1], flush=True)
         if outcome != "passed":
             all_passed = False
