@@ -236,3 +236,43 @@ def test_autocast_rounds_the_operands_only() -> None:
         ):
             assert mine.dtype == torch.float32
             assert pool_cases.relative_rms(mine, truth) < 1e-2
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("context_rows", [None, 0, 5])
+def test_finished_scalars(context_rows: int | None, dtype: torch.dtype) -> None:
+    """Without weights, prior, group or statistics the CPU's scalars come from an operator of their own."""
+    shapes = [(11, 7), (23, 7), (23,)] + ([] if context_rows is None else [(context_rows, 7)])
+    values = [pool_cases.rand(*shape).to(dtype) for shape in shapes]
+
+    def outcome(leaves: list[Tensor], backend: str | None) -> list[Tensor]:
+        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+        x, weight, bias = leaves[:3]
+        args, factors = (x, leaves[3] if leaves[3:] else None, weight, bias), {"entropy_weight": 0.8}
+        factors |= {"balance_weight": 1.3, "margin": 0.6, "backend": backend}
+        results = [fusefeat.shared_penalty(*args, **factors), *fusefeat.shared_objective(*args, **factors)]
+        for keywords in ({}, {"reduction": "sum"}, {"subtract_floor": True}):
+            results.append(fusefeat.clamped_reg(*args, margin=0.6, backend=backend, **keywords))
+            results.append(fusefeat.shared_objective(*args, **factors, **keywords)[1])
+        total = sum((i + 1) * result for i, result in enumerate(results))
+        alone = torch.autograd.grad(results[0], x, retain_graph=True)[0]  # the rows of a context share its vectors
+        return [*results, alone, *torch.autograd.grad(total, leaves)]
+
+    exact = outcome([value.double() for value in values], "reference")
+    tolerance = 4 * shared_cases.TOLERANCE[dtype]
+    for got, want in zip(outcome(values, None), exact, strict=True):
+        pool_cases.assert_close(got, want, tolerance, "finished scalars")
+
+
+def test_only_the_gradient_of_rows_that_share_a_vector_with_the_context() -> None:
+    context, weight = torch.randn(5, 6), torch.randn(20, 6)
+    both = torch.randn(30, 6).requires_grad_()
+    grads = [torch.autograd.grad(fusefeat.shared_penalty(both, context, weight, backend=b), both)[0] for b in BACKENDS]
+    for grad in grads[1:]:
+        torch.testing.assert_close(grad, grads[0])
+    fixed, context = both.detach(), context.requires_grad_()
+    grads = [
+        torch.autograd.grad(fusefeat.shared_penalty(fixed, context, weight, backend=b), context)[0] for b in BACKENDS
+    ]
+    for grad in grads[1:]:
+        torch.testing.assert_close(grad, grads[0])

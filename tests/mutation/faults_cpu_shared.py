@@ -63,7 +63,12 @@ BACKWARD = rows(
         "load(offset) - terms / probs + lse_grad);",
         "load(offset) + terms / probs + lse_grad);",
     ),
-    ("gradient at a tie", "d += v > margin ? excess.v[j]", "d += v >= margin ? excess.v[j]"),
+    (
+        "gradient at a tie",
+        "d += v > margin ? excess.v[j]",
+        "d += v >= margin ? excess.v[j]",
+        "tests/test_shared_penalty.py -k ties",
+    ),
     ("margin left out", "const VecOf<A> g = margin * load(grads", "const VecOf<A> g = load(grads"),
     ("bias gradient of the last chunk only", "(first_rows ? A{} : sums[f]) +", "A{} +"),
     (
@@ -71,7 +76,12 @@ BACKWARD = rows(
         "for (int64_t p = 0; p < args.parts; ++p) {",
         "for (int64_t p = 0; p < 1; ++p) {",
     ),
-    ("rows that share a strip with the context", "tail >= logits.context_rows", "head >= logits.context_rows"),
+    (
+        "rows that share a strip with the context",
+        "tail >= logits.context_rows",
+        "head >= logits.context_rows",
+        "tests/test_shared_penalty.py -k share_a_vector",
+    ),
 )
 
 HOST = [
@@ -82,7 +92,7 @@ HOST = [
     ),
     *rows(
         "csrc/cpu/shared_loss.cpp",
-        "tests/test_shared_penalty.py -k cpu",
+        "tests/test_shared_penalty.py -k finished",
         ("divergence not that of the uniform prior", "std::log(p * static_cast<double>(features))", "std::log(p)"),
         ("regulariser without its floor", ", rows) + reg_shift);", ", rows));"),
         (
