@@ -69,7 +69,6 @@ def all_reduce(value: Tensor, process_group: Any) -> Tensor:
 
 
 def reduce_penalty(
-    function: str,
     logits: Logits,
     statistics: tuple[Tensor, ...],
     prior: Any,

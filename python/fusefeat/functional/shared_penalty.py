@@ -158,7 +158,7 @@ def shared_penalty(
         if shared_loss.serves(chosen, logits.row_weight):
             return finished_scalars("shared_penalty", logits, factors, None)[0]
     statistics = row_statistics("shared_penalty", logits, backend, with_clamp=False)
-    penalty, stats = reduce_penalty("shared_penalty", logits, statistics, prior, *factors, process_group)
+    penalty, stats = reduce_penalty(logits, statistics, prior, *factors, process_group)
     return (penalty, stats) if return_stats else penalty
 
 
@@ -257,6 +257,6 @@ def shared_objective(
                 "shared_objective", logits, factors, scale_and_shift(logits, subtract_floor, reduction)
             )
     statistics = row_statistics("shared_objective", logits, backend, with_clamp=True)
-    penalty, stats = reduce_penalty("shared_objective", logits, statistics, prior, *factors, process_group)
+    penalty, stats = reduce_penalty(logits, statistics, prior, *factors, process_group)
     reg, clamp_stats = reduce(logits, statistics[3], statistics[4], subtract_floor, reduction)
     return (penalty, reg, stats, clamp_stats) if return_stats else (penalty, reg)
