@@ -34,6 +34,9 @@ const PoolKernels& kernels_for(ScalarType type) {
   switch (current_isa()) {
 #if defined(__x86_64__)
     case Isa::avx512:
+      if (token_type == cpu::TokenType::bf16 && __builtin_cpu_supports("avx512bf16")) {
+        return *cpu::pool_kernels_avx512_bf16(token_type);
+      }
       return *cpu::pool_kernels_avx512(token_type);
     case Isa::avx2:
       return *cpu::pool_kernels_avx2(token_type);
@@ -80,6 +83,7 @@ PoolArgs pool_args(
 Buffer set_query(PoolArgs& args, const Tensor& x, const Tensor& query, double scale) {
   const auto acc = acc_type(x.scalar_type());
   args.scale = scale;
+  args.vectors_are_tokens = query.scalar_type() == x.scalar_type();
   if (query.scalar_type() == acc && query.is_contiguous()) {
     args.query = query.const_data_ptr();
     if (args.query != nullptr) return Buffer(0);
@@ -95,6 +99,7 @@ Buffer set_query(PoolArgs& args, const Tensor& x, const Tensor& query, double sc
 
 void set_scores(PoolArgs& args, const PoolSizes& sizes, const Tensor& values, const Tensor& scores) {
   args.scores = scores.const_data_ptr();
+  args.vectors_are_tokens = true;
   args.scores_are_acc = scores.scalar_type() == acc_type(values.scalar_type());
   args.scores_strides = to_cpu(token_strides(scores, sizes, sizes.query_axis));
 }

@@ -40,6 +40,7 @@ struct PoolArgs {
   bool offsets_are_64_bit = false;
   int64_t offsets_stride = 0;
   const void* query = nullptr;  // attention_pool: [queries, channels], contiguous, acc; else null
+  bool vectors_are_tokens = false;  // the query, where there is one, holds values of the token type
   double scale = 1;
   const void* scores = nullptr;  // softmax_pool, in x's type or in acc; else null
   bool scores_are_acc = false;
@@ -94,5 +95,6 @@ struct PoolKernels {
 const PoolKernels* pool_kernels_generic(TokenType type);
 const PoolKernels* pool_kernels_avx2(TokenType type);
 const PoolKernels* pool_kernels_avx512(TokenType type);
+const PoolKernels* pool_kernels_avx512_bf16(TokenType type);  // of bf16 alone
 
 }  // namespace fusefeat::cpu

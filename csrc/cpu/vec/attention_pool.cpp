@@ -23,6 +23,11 @@ constexpr cpu::PoolKernels kernels_of = {
 
 namespace cpu {
 
+#if defined(FUSEFEAT_BF16)
+const PoolKernels* pool_kernels_avx512_bf16(TokenType) {
+  return &kernels_of<BFloat16>;
+}
+#else
 #if defined(FUSEFEAT_ISA_AVX512)
 #define FUSEFEAT_POOL_KERNELS pool_kernels_avx512
 #elif defined(FUSEFEAT_ISA_AVX2)
@@ -44,6 +49,7 @@ const PoolKernels* FUSEFEAT_POOL_KERNELS(TokenType type) {
   }
   return nullptr;
 }
+#endif
 
 }  // namespace cpu
 }  // namespace fusefeat

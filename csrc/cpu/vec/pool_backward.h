@@ -29,8 +29,12 @@ struct BackwardScratch {
   T** grad_rows;
   A* grad_out;  // [queries][channels] when its channels are not contiguous
   A *delta, *ones;
+  PairProducts<T> pairs;  // of the rows of the query and of grad_out
 
-  BackwardScratch(const BackwardArgs& args, void* base) : arena{static_cast<char*>(base)}, block(args, arena) {
+  BackwardScratch(const BackwardArgs& args, void* base)
+      : arena{static_cast<char*>(base)},
+        block(args, arena),
+        pairs(by_pairs<T>(args), 2 * args.queries, args.channels, block.ld, true, arena) {
     const int64_t num_queries = args.queries;
     products = arena.take<A>(2 * num_queries * block.ld);
     vectors = arena.take<const A*>(2 * num_queries);
@@ -46,6 +50,7 @@ struct BackwardScratch {
     fill(ones, num_queries, A(1));
     if (args.query == nullptr) return;
     for (int64_t k = 0; k < num_queries; ++k) vectors[k] = static_cast<const A*>(args.query) + k * args.channels;
+    if (pairs.active) pairs.set_vectors(vectors, 0, num_queries);
   }
 };
 
@@ -112,6 +117,13 @@ inline void start_bag(const BackwardArgs& args, BackwardScratch<T>& scratch, con
                        : item.part < 0 ? weight_dot<A>(args, bag, bag_range(args, bag), k)
                                        : static_cast<const A*>(args.split_weight_dots)[item.split * num_queries + k];
   }
+  if (!by_pairs<T>(args)) return;
+  if (!scratch.pairs.set_vectors(scratch.vectors, num_queries, num_queries)) return;
+  const int64_t first = args.query != nullptr ? 0 : num_queries;
+  scratch.pairs.pair_vectors(first, 2 * num_queries - first);
+  for (int64_t k = num_queries; k < 2 * num_queries; ++k) {
+    scratch.delta[k - num_queries] += dot(scratch.vectors[k], scratch.centres[k], channels);
+  }
 }
 
 // Products become coefficients; a dropped score has both 0.
@@ -164,9 +176,15 @@ inline void store_grad_x(
   if (block.count == 0) return;
   const int64_t first_vector = args.query != nullptr ? 0 : num_queries;
   if (!dropped) {
+    const A* products = scratch.products + first_vector * block.ld;
+    const int64_t num_vectors = 2 * num_queries - first_vector;
+    if (scratch.pairs.combine(
+            scratch.grad_rows, block.count, products, block.ld, num_vectors, args.stream_grad_x)) {
+      return;
+    }
     combine<A>(
-        scratch.grad_rows, block.count, scratch.products + first_vector * block.ld, block.ld,
-        scratch.vectors + first_vector, 2 * num_queries - first_vector, channels, args.stream_grad_x);
+        scratch.grad_rows, block.count, products, block.ld, scratch.vectors + first_vector, num_vectors, channels,
+        args.stream_grad_x);
     return;
   }
   for (int64_t r = 0; r < block.count; ++r) {
@@ -189,7 +207,9 @@ inline void add_grad_query(
   const Block<T>& block = scratch.block;
   const A* ones = first ? nullptr : scratch.ones;
   if (!dropped) {
-    accumulate(list, scratch.products, block.ld, ones, num_queries, grad_query, channels);
+    if (!scratch.pairs.accumulate(list, scratch.products, block.ld, ones, num_queries, grad_query)) {
+      accumulate(list, scratch.products, block.ld, ones, num_queries, grad_query, channels);
+    }
     return;
   }
   for (int64_t k = 0; k < num_queries; ++k) {
@@ -221,23 +241,23 @@ inline void backward_range(
     if (block.count > 0) {
       if (needs_dots) block.ready_rows(args);
       block.with_rows([&](const auto& list) {
+        const int64_t first_vector = attention ? 0 : num_queries;
+        const bool paired = needs_dots && scratch.pairs.dots(
+                                              list, first_vector, 2 * num_queries - first_vector,
+                                              scratch.products + first_vector * block.ld, block.ld);
+        if (!paired && attention && num_queries == 1) {
+          dots_of_pair<A>(list, scratch.vectors, scratch.centres, channels, scores, block.ld);
+        } else if (!paired && needs_dots) {
+          if (attention) dots<A, false>(list, scratch.vectors, nullptr, num_queries, channels, scores, block.ld);
+          dots<A, true>(
+              list, scratch.vectors + num_queries, scratch.centres + num_queries, num_queries, channels, grad_dots,
+              block.ld);
+        }
         if (attention) {
-          if (num_queries == 1) {
-            dots_of_pair<A>(list, scratch.vectors, scratch.centres, channels, scores, block.ld);
-          } else {
-            dots<A, false>(list, scratch.vectors, nullptr, num_queries, channels, scores, block.ld);
-            dots<A, true>(
-                list, scratch.vectors + num_queries, scratch.centres + num_queries, num_queries, channels, grad_dots,
-                block.ld);
-          }
           const A scale = static_cast<A>(args.scale);
           for (int64_t k = 0; k < num_queries; ++k) {
             for (int64_t r = 0; r < block.count; ++r) scores[k * block.ld + r] *= scale;
           }
-        } else if (needs_dots) {
-          dots<A, true>(
-              list, scratch.vectors + num_queries, scratch.centres + num_queries, num_queries, channels, grad_dots,
-              block.ld);
         }
         if (empty_query) {
           for (int64_t k = 0; k < num_queries; ++k) {

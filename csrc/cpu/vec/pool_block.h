@@ -3,7 +3,7 @@
 #pragma once
 
 #include "../attention_pool.h"
-#include "row_blocks.h"
+#include "pair_products.h"
 
 namespace fusefeat {
 namespace {
@@ -64,6 +64,15 @@ inline void fill(E* to, int64_t count, E value) {
   for (int64_t i = 0; i < count; ++i) to[i] = value;
 }
 
+// Whether the products are those of pairs.
+template <typename T>
+inline bool by_pairs(const PoolArgs& args) {
+  // The vectors of a bag, packed, stay in the second-level cache.
+  constexpr int64_t most = 1 << 16;
+  return PairProducts<T>::kAvailable && args.vectors_are_tokens && args.x_strides.inner == 1 &&
+         args.queries * args.channels <= most;
+}
+
 // Up to `capacity` kept tokens of one bag, their rows, and [vectors][ld] products of the rows.
 template <typename T>
 struct Block {
@@ -82,7 +91,7 @@ struct Block {
   Block(const PoolArgs& args, Arena& arena) {
     // The rows are read twice, the second time from the nearest cache. With few channels a block
     // still has rows enough to fill the vectors of scores.
-    needs_tile = args.x_strides.inner != 1 || (sizeof(T) != sizeof(A) && args.queries > 4);
+    needs_tile = args.x_strides.inner != 1 || (sizeof(T) != sizeof(A) && args.queries > 4 && !by_pairs<T>(args));
     const int64_t row_bytes = (args.channels > 0 ? args.channels : 1) * (needs_tile ? sizeof(A) : sizeof(T));
     const int64_t budget = args.queries < 4 ? 16 << 10 : 32 << 10;
     const int64_t fit = budget / row_bytes / 8 * 8;
@@ -163,12 +172,6 @@ struct Block {
     return kept;
   }
 };
-
-// Which lanes of the vector that starts at `first` lie below `count`.
-template <typename A>
-inline IntOf<A> lanes_below(int64_t first, int64_t count) {
-  return iota<A>() < static_cast<int>(count - first);
-}
 
 // Whether a score of the first `count` lanes is -inf.
 template <typename A>

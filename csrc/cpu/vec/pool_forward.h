@@ -20,8 +20,12 @@ struct ForwardScratch {
   A* rescale;         // [queries], what a block's new peak does to the sums before it
   const A** queries;  // [queries] rows of the query
   A *base_pattern, *factor_pattern;
+  PairProducts<T> pairs;
 
-  ForwardScratch(const ForwardArgs& args, void* base) : arena{static_cast<char*>(base)}, block(args, arena) {
+  ForwardScratch(const ForwardArgs& args, void* base)
+      : arena{static_cast<char*>(base)},
+        block(args, arena),
+        pairs(by_pairs<T>(args), args.queries, args.channels, block.ld, false, arena) {
     const int64_t num_queries = args.queries;
     scores = arena.take<A>(num_queries * block.ld);
     peak = arena.take<A>(num_queries);
@@ -32,6 +36,7 @@ struct ForwardScratch {
     factor_pattern = arena.take<A>(kLanes<A> * kLanes<A>);
     if (base == nullptr || args.query == nullptr) return;
     for (int64_t k = 0; k < num_queries; ++k) queries[k] = static_cast<const A*>(args.query) + k * args.channels;
+    if (pairs.active) pairs.set_vectors(queries, 0, num_queries);
   }
 };
 
@@ -105,7 +110,9 @@ inline void forward_range(
     block.ready_rows(args);
     block.with_rows([&](const auto& list) {
       if (args.query != nullptr) {
-        dots<A, false>(list, scratch.queries, nullptr, num_queries, channels, scores, block.ld);
+        if (!scratch.pairs.dots(list, 0, num_queries, scores, block.ld)) {
+          dots<A, false>(list, scratch.queries, nullptr, num_queries, channels, scores, block.ld);
+        }
         const A scale = static_cast<A>(args.scale);
         for (int64_t k = 0; k < num_queries; ++k) {
           for (int64_t r = 0; r < block.count; ++r) scores[k * block.ld + r] *= scale;
@@ -117,7 +124,10 @@ inline void forward_range(
         for (int64_t k = 0; k < num_queries; ++k) {
           scratch.rescale[k] = softmax_step(scores + k * block.ld, block.count, scratch.peak[k], scratch.sum[k]);
         }
-        accumulate(list, scores, block.ld, first ? nullptr : scratch.rescale, num_queries, out, channels);
+        const A* rescale = first ? nullptr : scratch.rescale;
+        if (!scratch.pairs.accumulate(list, scores, block.ld, rescale, num_queries, out)) {
+          accumulate(list, scores, block.ld, rescale, num_queries, out, channels);
+        }
       } else {
         // Every query on the rows it keeps: a dropped row must not be touched, 0 * inf is NaN.
         for (int64_t k = 0; k < num_queries; ++k) {

@@ -13,6 +13,12 @@ inline int64_t round_up(int64_t value, int64_t multiple) {
 
 constexpr int kRowStep = 4;  // row lists can be read up to the next multiple of this
 
+// Which lanes of the vector that starts at `first` lie below `count`.
+template <typename A>
+inline IntOf<A> lanes_below(int64_t first, int64_t count) {
+  return iota<A>() < static_cast<int>(count - first);
+}
+
 template <int n>
 struct Constant {
   static constexpr int value = n;
@@ -267,6 +273,18 @@ inline void combine(
   for (; r < count; ++r) {
     combine_rows<A, 1>(rows + r, coefficients + r, ld, vectors, num_vectors, channels, stream);
   }
+}
+
+template <typename A>
+inline A dot(const A* a, const A* b, int64_t count) {
+  VecOf<A> sum{};
+  int64_t i = 0;
+  for (; i + kLanes<A> <= count; i += kLanes<A>) sum = fma(load(a + i), load(b + i), sum);
+  if (i < count) {
+    const int rest = static_cast<int>(count - i);
+    sum = fma(load_part(a + i, rest), load_part(b + i, rest), sum);
+  }
+  return sum_lanes(sum);
 }
 
 // Elements `stride` apart to contiguous acc.

@@ -1,0 +1,331 @@
+// The products of row_blocks.h where rows are bfloat16 and the processor multiplies pairs of bfloat16, adding both
+// products in float: twice the work per instruction, and no conversion of the rows. Query and incoming gradient are
+// bfloat16 already; weights and gradients of scores are rounded to it, as a matrix product in bfloat16 would round them.
+#pragma once
+
+#include "row_blocks.h"
+
+namespace fusefeat {
+namespace {
+
+// Builds and types without such products: every call says that it has done nothing.
+template <typename T>
+struct PairProducts {
+  using A = decltype(to_acc(T{}));
+  static constexpr bool kAvailable = false;
+  static constexpr bool active = false;
+  template <typename Arena>
+  PairProducts(bool, int64_t, int64_t, int64_t, bool, Arena&) {}
+  bool set_vectors(const A* const*, int64_t, int64_t) { return false; }
+  void pair_vectors(int64_t, int64_t) {}
+  template <typename Row>
+  bool dots(const RowList<Row>&, int64_t, int64_t, A*, int64_t) {
+    return false;
+  }
+  template <typename Row>
+  bool accumulate(const RowList<Row>&, const A*, int64_t, const A*, int64_t, A*) {
+    return false;
+  }
+  bool combine(T* const*, int64_t, const A*, int64_t, int64_t, bool) { return false; }
+};
+
+#if defined(FUSEFEAT_BF16)
+constexpr int kPairLanes = 32;
+
+inline __m512i load_bf16(const BFloat16* from) {
+  return _mm512_loadu_si512(from);
+}
+inline __m512i load_bf16(const BFloat16* from, __mmask32 mask) {
+  return _mm512_maskz_loadu_epi16(mask, from);
+}
+inline __mmask32 first_bf16(int64_t count) {
+  return count >= kPairLanes ? ~__mmask32{0} : (__mmask32{1} << count) - 1;
+}
+inline FloatVec dot_pairs(FloatVec sum, __m512i a, __m512i b) {
+  return (FloatVec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+}
+
+template <int kRows, int kVectors, bool kPrefetch>
+inline void pair_dot_tile(
+    const BFloat16* const* rows, int64_t ahead, const BFloat16* vectors, int64_t width, int64_t channels,
+    float* __restrict products, int64_t ld) {
+  const BFloat16* row[kRows];
+  FloatVec sum[kVectors][kRows];
+  for (int r = 0; r < kRows; ++r) row[r] = rows[r];
+  for (int j = 0; j < kVectors; ++j) {
+    for (int r = 0; r < kRows; ++r) sum[j][r] = FloatVec{};
+  }
+  int64_t d = 0;
+  for (; d + kPairLanes <= channels; d += kPairLanes) {
+    __m512i v[kVectors];
+    for (int j = 0; j < kVectors; ++j) v[j] = load_bf16(vectors + j * width + d);
+    for (int r = 0; r < kRows; ++r) {
+      const __m512i x = load_bf16(row[r] + d);
+      if (kPrefetch) prefetch(row[r] + d, ahead);
+      for (int j = 0; j < kVectors; ++j) sum[j][r] = dot_pairs(sum[j][r], x, v[j]);
+    }
+  }
+  if (d < channels) {
+    const __mmask32 rest = first_bf16(channels - d);
+    for (int r = 0; r < kRows; ++r) {
+      const __m512i x = load_bf16(row[r] + d, rest);
+      for (int j = 0; j < kVectors; ++j) sum[j][r] = dot_pairs(sum[j][r], x, load_bf16(vectors + j * width + d));
+    }
+  }
+  for (int j = 0; j < kVectors; ++j) {
+    for (int r = 0; r < kRows; r += 4) {
+      sum_lanes_of_four(sum[j][r], sum[j][r + 1], sum[j][r + 2], sum[j][r + 3], products + j * ld + r);
+    }
+  }
+}
+
+// Sums of up to 32 channels from d on; those of a pair of rows meet in one instruction.
+template <int kSums, int kColumns, bool kPrefetch>
+inline void pair_accumulate_tile(
+    const RowList<BFloat16>& list, const uint32_t* coefficients, int64_t ld, const float* rescale, int64_t d,
+    __mmask32 mask, float* __restrict sums, int64_t channels) {
+  FloatVec low[kSums][kColumns], high[kSums][kColumns];
+  for (int k = 0; k < kSums; ++k) {
+    for (int c = 0; c < kColumns; ++c) low[k][c] = high[k][c] = FloatVec{};
+  }
+  for (int64_t r = 0; r < list.count; r += 2) {
+    // Behind the last row comes nothing: 0, not a row times 0.
+    const __mmask32 second = r + 1 < list.count ? mask : 0;
+    const BFloat16 *row = list.rows[r] + d, *next = list.rows[r + 1] + d;
+    __m512i even[kColumns], odd[kColumns];
+    for (int c = 0; c < kColumns; ++c) {
+      const __m512i a = load_bf16(row + c * kPairLanes, mask), b = load_bf16(next + c * kPairLanes, second);
+      if (kPrefetch) prefetch(row + c * kPairLanes, list.ahead);
+      if (kPrefetch) prefetch(next + c * kPairLanes, list.ahead);
+      even[c] = _mm512_unpacklo_epi16(a, b);
+      odd[c] = _mm512_unpackhi_epi16(a, b);
+    }
+    for (int k = 0; k < kSums; ++k) {
+      const __m512i p = _mm512_set1_epi32(static_cast<int>(coefficients[k * ld + r / 2]));
+      for (int c = 0; c < kColumns; ++c) {
+        low[k][c] = dot_pairs(low[k][c], even[c], p);
+        high[k][c] = dot_pairs(high[k][c], odd[c], p);
+      }
+    }
+  }
+  // Unpacking took four channels in turn.
+  const __m512i firsts = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i lasts = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+  for (int k = 0; k < kSums; ++k) {
+    for (int c = 0; c < kColumns; ++c) {
+      const __m512 a = (__m512)low[k][c], b = (__m512)high[k][c];
+      FloatVec halves[2] = {
+          (FloatVec)_mm512_permutex2var_ps(a, firsts, b), (FloatVec)_mm512_permutex2var_ps(a, lasts, b)};
+      for (int half = 0; half < 2; ++half) {
+        float* to = sums + k * channels + d + c * kPairLanes + half * 16;
+        const auto part = static_cast<__mmask16>(mask >> (16 * half));
+        if (rescale != nullptr) {
+          const __m512 old = _mm512_maskz_loadu_ps(part, to);
+          halves[half] = fma((FloatVec)old, splat<float>(rescale[k]), halves[half]);
+        }
+        _mm512_mask_storeu_ps(to, part, (__m512)halves[half]);
+      }
+    }
+  }
+}
+
+// Channels [d, d + 32 * kColumns) of kRows rows, from pairs of vectors.
+template <int kRows, int kColumns>
+inline void pair_combine_tile(
+    BFloat16* const* rows, const uint32_t* coefficients, int64_t ld, const uint32_t* vectors, int64_t width,
+    int64_t num_pairs, int64_t d, __mmask32 mask, bool stream) {
+  FloatVec sum[kRows][2 * kColumns];
+  for (int r = 0; r < kRows; ++r) {
+    for (int c = 0; c < 2 * kColumns; ++c) sum[r][c] = FloatVec{};
+  }
+  for (int64_t j = 0; j < num_pairs; ++j) {
+    __m512i v[2 * kColumns];
+    for (int c = 0; c < 2 * kColumns; ++c) v[c] = _mm512_loadu_si512(vectors + j * width + d + 16 * c);
+    for (int r = 0; r < kRows; ++r) {
+      const __m512i p = _mm512_set1_epi32(static_cast<int>(coefficients[j * ld + r]));
+      for (int c = 0; c < 2 * kColumns; ++c) sum[r][c] = dot_pairs(sum[r][c], v[c], p);
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int c = 0; c < kColumns; ++c) {
+      BFloat16* to = rows[r] + d + kPairLanes * c;
+      const __m512i values = (__m512i)_mm512_cvtne2ps_pbh((__m512)sum[r][2 * c + 1], (__m512)sum[r][2 * c]);
+      if (stream) {
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(to), values);
+      } else {
+        _mm512_mask_storeu_epi16(to, mask, values);
+      }
+    }
+  }
+}
+
+template <>
+struct PairProducts<BFloat16> {
+  static constexpr bool kAvailable = true;
+  bool active;  // the vectors that were set last are bfloat16
+  int64_t channels, width;
+  BFloat16* vectors;        // [num_vectors][width], 0 behind the channels
+  uint32_t* vector_pairs;   // [num_vectors / 2][width], when rows are to be combined of them
+  uint32_t* coefficients;   // pairs along the rows, or of two vectors
+
+  template <typename Arena>
+  PairProducts(bool wanted, int64_t num_vectors, int64_t channels_, int64_t ld, bool combines, Arena& arena)
+      : active(wanted), channels(channels_), width(round_up(channels_, kPairLanes)) {
+    if (!wanted) num_vectors = 0;
+    vectors = arena.template take<BFloat16>(num_vectors * width);
+    vector_pairs = arena.template take<uint32_t>(combines ? (num_vectors + 1) / 2 * width : 0);
+    coefficients = arena.template take<uint32_t>((num_vectors + 1) / 2 * ld);
+  }
+
+  // Vectors [first, first + count) of those given. Where a value is not bfloat16, all products are the caller's.
+  bool set_vectors(const float* const* from, int64_t first, int64_t count) {
+    typedef Simd<float>::U U;
+    U lost{};
+    for (int64_t j = first; j < first + count; ++j) {
+      for (int64_t d = 0; d < width; d += kPairLanes) {
+        const auto half = [&](int64_t begin) {
+          const int64_t left = channels - begin;
+          return left >= 16 ? load(from[j] + begin) : left > 0 ? load_part(from[j] + begin, static_cast<int>(left)) : FloatVec{};
+        };
+        const FloatVec a = half(d), b = half(d + 16);
+        lost |= ((U)a | (U)b) & 0xffffu;
+        _mm512_storeu_si512(vectors + j * width + d, (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a));
+      }
+    }
+    active = !any_lane((IntOf<float>)lost);
+    return active;
+  }
+
+  // products[j][r] = <row r, vector first + j>.
+  template <typename Row>
+  bool dots(const RowList<Row>& list, int64_t first, int64_t count, float* products, int64_t ld) {
+    if constexpr (sizeof(Row) == sizeof(BFloat16)) {
+      if (!active) return false;
+      int64_t j = 0;
+      const auto some = [&](auto vectors_at_once) {
+        constexpr int step = decltype(vectors_at_once)::value;
+        for (; j + step <= count; j += step) {
+          if (j == 0 && list.ahead != 0) {
+            dot_rows<step, true>(list, first, products, ld);
+          } else {
+            dot_rows<step, false>(list, first + j, products + j * ld, ld);
+          }
+        }
+      };
+      some(Constant<4>{});
+      some(Constant<2>{});
+      some(Constant<1>{});
+      return true;
+    }
+    return false;
+  }
+
+  // As accumulate() of row_blocks.h.
+  template <typename Row>
+  bool accumulate(
+      const RowList<Row>& list, const float* values, int64_t ld, const float* rescale, int64_t num_sums, float* sums) {
+    if constexpr (sizeof(Row) == sizeof(BFloat16)) {
+      if (!active) return false;
+      for (int64_t k = 0; k < num_sums; ++k) {
+        for (int64_t r = 0; r < list.count; r += 16) {
+          const FloatVec v = load(values + k * ld + r);
+          const FloatVec there = lanes_below<float>(r, list.count) ? v : FloatVec{};
+          _mm256_storeu_si256(
+              reinterpret_cast<__m256i*>(coefficients + (k * ld + r) / 2), (__m256i)_mm512_cvtneps_pbh((__m512)there));
+        }
+      }
+      int64_t d = 0;
+      const auto columns = [&](auto columns_at_once) {
+        constexpr int step = decltype(columns_at_once)::value;
+        const __mmask32 mask = first_bf16(channels - d);
+        int64_t k = 0;
+        const auto some = [&](auto sums_at_once, auto prefetching) {
+          constexpr int num = decltype(sums_at_once)::value;
+          pair_accumulate_tile<num, step, decltype(prefetching)::value != 0>(
+              list, coefficients + k * ld / 2, ld / 2, rescale == nullptr ? nullptr : rescale + k, d, mask,
+              sums + k * channels, channels);
+          k += num;
+        };
+        if (list.ahead != 0 && num_sums < 4) some(Constant<1>{}, Constant<1>{});
+        if (list.ahead != 0 && num_sums >= 4) some(Constant<4>{}, Constant<1>{});
+        while (k + 4 <= num_sums) some(Constant<4>{}, Constant<0>{});
+        while (k < num_sums) some(Constant<1>{}, Constant<0>{});
+        d += step * kPairLanes;
+      };
+      while (d + 2 * kPairLanes <= channels) columns(Constant<2>{});
+      while (d < channels) columns(Constant<1>{});
+      return true;
+    }
+    return false;
+  }
+
+  // rows[r] = sum_j values[j][r] * vector j of those that were paired.
+  bool combine(
+      BFloat16* const* rows, int64_t count, const float* values, int64_t ld, int64_t num_vectors,
+      bool stream) {
+    if (!active) return false;
+    const __m512i in_turn = _mm512_set_epi16(
+        31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1,
+        16, 0);
+    for (int64_t j = 0; j < num_vectors; j += 2) {
+      for (int64_t r = 0; r < count; r += 16) {
+        const FloatVec a = load(values + j * ld + r), b = j + 1 < num_vectors ? load(values + (j + 1) * ld + r) : FloatVec{};
+        const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+        _mm512_storeu_si512(coefficients + j / 2 * ld + r, _mm512_permutexvar_epi16(in_turn, both));
+      }
+    }
+    const int64_t num_pairs = (num_vectors + 1) / 2;
+    int64_t r = 0;
+    for (; r + 4 <= count; r += 4) combine_rows<4>(rows + r, coefficients + r, ld, num_pairs, stream);
+    for (; r < count; ++r) combine_rows<1>(rows + r, coefficients + r, ld, num_pairs, stream);
+    return true;
+  }
+
+  // Makes the pairs that combine() reads of vectors [first, first + count).
+  void pair_vectors(int64_t first, int64_t count) {
+    const auto load_wide = [](const BFloat16* from) {
+      return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    };
+    for (int64_t j = 0; j < count; j += 2) {
+      const BFloat16* a = vectors + (first + j) * width;
+      for (int64_t d = 0; d < width; d += 16) {
+        const __m512i high = j + 1 < count ? load_wide(a + width + d) : __m512i{};
+        _mm512_storeu_si512(
+            vector_pairs + j / 2 * width + d, _mm512_or_si512(load_wide(a + d), _mm512_slli_epi32(high, 16)));
+      }
+    }
+  }
+
+ private:
+  template <int kVectors, bool kPrefetch>
+  void dot_rows(const RowList<BFloat16>& list, int64_t first, float* products, int64_t ld) const {
+    constexpr int tile = kVectors <= 2 ? 2 * kRowStep : kRowStep;
+    const int64_t count = round_up(list.count, kRowStep);
+    const BFloat16* from = vectors + first * width;
+    int64_t r = 0;
+    for (; r + tile <= count; r += tile) {
+      pair_dot_tile<tile, kVectors, kPrefetch>(list.rows + r, list.ahead, from, width, channels, products + r, ld);
+    }
+    if (r < count) {
+      pair_dot_tile<kRowStep, kVectors, kPrefetch>(list.rows + r, list.ahead, from, width, channels, products + r, ld);
+    }
+  }
+
+  template <int kRows>
+  void combine_rows(
+      BFloat16* const* rows, const uint32_t* pairs, int64_t ld, int64_t num_pairs, bool stream) const {
+    int64_t d = 0;
+    for (; d + 2 * kPairLanes <= channels; d += 2 * kPairLanes) {
+      pair_combine_tile<kRows, 2>(rows, pairs, ld, vector_pairs, width, num_pairs, d, first_bf16(kPairLanes), stream);
+    }
+    for (; d < channels; d += kPairLanes) {
+      const bool whole = d + kPairLanes <= channels;
+      pair_combine_tile<kRows, 1>(
+          rows, pairs, ld, vector_pairs, width, num_pairs, d, first_bf16(channels - d), stream && whole);
+    }
+  }
+};
+#endif
+
+}  // namespace
+}  // namespace fusefeat
