@@ -83,7 +83,7 @@ PoolArgs pool_args(
 Buffer set_query(PoolArgs& args, const Tensor& x, const Tensor& query, double scale) {
   const auto acc = acc_type(x.scalar_type());
   args.scale = scale;
-  args.vectors_are_tokens = query.scalar_type() == x.scalar_type();
+  args.rounds_to_tokens = query.scalar_type() == x.scalar_type();
   if (query.scalar_type() == acc && query.is_contiguous()) {
     args.query = query.const_data_ptr();
     if (args.query != nullptr) return Buffer(0);
@@ -99,8 +99,8 @@ Buffer set_query(PoolArgs& args, const Tensor& x, const Tensor& query, double sc
 
 void set_scores(PoolArgs& args, const PoolSizes& sizes, const Tensor& values, const Tensor& scores) {
   args.scores = scores.const_data_ptr();
-  args.vectors_are_tokens = true;
   args.scores_are_acc = scores.scalar_type() == acc_type(values.scalar_type());
+  args.rounds_to_tokens = !args.scores_are_acc;
   args.scores_strides = to_cpu(token_strides(scores, sizes, sizes.query_axis));
 }
 

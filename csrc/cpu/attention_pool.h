@@ -40,11 +40,12 @@ struct PoolArgs {
   bool offsets_are_64_bit = false;
   int64_t offsets_stride = 0;
   const void* query = nullptr;  // attention_pool: [queries, channels], contiguous, acc; else null
-  bool vectors_are_tokens = false;  // the query, where there is one, holds values of the token type
   double scale = 1;
   const void* scores = nullptr;  // softmax_pool, in x's type or in acc; else null
   bool scores_are_acc = false;
   Strides scores_strides = {};
+  // The query or the scores have the token type, and so have their gradients: weights may be rounded to it too.
+  bool rounds_to_tokens = false;
 };
 
 struct ForwardArgs : PoolArgs {

@@ -1,6 +1,7 @@
 // The products of row_blocks.h where rows are bfloat16 and the processor multiplies pairs of bfloat16, adding both
 // products in float: twice the work per instruction, and no conversion of the rows. Query and incoming gradient are
-// bfloat16 already; weights and gradients of scores are rounded to it, as a matrix product in bfloat16 would round them.
+// bfloat16 already; weights and gradients of scores are rounded to it, as a matrix product in bfloat16 would round
+// them.
 #pragma once
 
 #include "row_blocks.h"
@@ -164,9 +165,9 @@ struct PairProducts<BFloat16> {
   static constexpr bool kAvailable = true;
   bool active;  // the vectors that were set last are bfloat16
   int64_t channels, width;
-  BFloat16* vectors;        // [num_vectors][width], 0 behind the channels
-  uint32_t* vector_pairs;   // [num_vectors / 2][width], when rows are to be combined of them
-  uint32_t* coefficients;   // pairs along the rows, or of two vectors
+  BFloat16* vectors;       // [num_vectors][width], 0 behind the channels
+  uint32_t* vector_pairs;  // [num_vectors / 2][width], when rows are to be combined of them
+  uint32_t* coefficients;  // pairs along the rows, or of two vectors
 
   template <typename Arena>
   PairProducts(bool wanted, int64_t num_vectors, int64_t channels_, int64_t ld, bool combines, Arena& arena)
@@ -185,7 +186,9 @@ struct PairProducts<BFloat16> {
       for (int64_t d = 0; d < width; d += kPairLanes) {
         const auto half = [&](int64_t begin) {
           const int64_t left = channels - begin;
-          return left >= 16 ? load(from[j] + begin) : left > 0 ? load_part(from[j] + begin, static_cast<int>(left)) : FloatVec{};
+          return left >= 16 ? load(from[j] + begin)
+                 : left > 0 ? load_part(from[j] + begin, static_cast<int>(left))
+                            : FloatVec{};
         };
         const FloatVec a = half(d), b = half(d + 16);
         lost |= ((U)a | (U)b) & 0xffffu;
@@ -261,15 +264,15 @@ struct PairProducts<BFloat16> {
 
   // rows[r] = sum_j values[j][r] * vector j of those that were paired.
   bool combine(
-      BFloat16* const* rows, int64_t count, const float* values, int64_t ld, int64_t num_vectors,
-      bool stream) {
+      BFloat16* const* rows, int64_t count, const float* values, int64_t ld, int64_t num_vectors, bool stream) {
     if (!active) return false;
     const __m512i in_turn = _mm512_set_epi16(
         31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1,
         16, 0);
     for (int64_t j = 0; j < num_vectors; j += 2) {
       for (int64_t r = 0; r < count; r += 16) {
-        const FloatVec a = load(values + j * ld + r), b = j + 1 < num_vectors ? load(values + (j + 1) * ld + r) : FloatVec{};
+        const FloatVec a = load(values + j * ld + r),
+                       b = j + 1 < num_vectors ? load(values + (j + 1) * ld + r) : FloatVec{};
         const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
         _mm512_storeu_si512(coefficients + j / 2 * ld + r, _mm512_permutexvar_epi16(in_turn, both));
       }
@@ -312,8 +315,7 @@ struct PairProducts<BFloat16> {
   }
 
   template <int kRows>
-  void combine_rows(
-      BFloat16* const* rows, const uint32_t* pairs, int64_t ld, int64_t num_pairs, bool stream) const {
+  void combine_rows(BFloat16* const* rows, const uint32_t* pairs, int64_t ld, int64_t num_pairs, bool stream) const {
     int64_t d = 0;
     for (; d + 2 * kPairLanes <= channels; d += 2 * kPairLanes) {
       pair_combine_tile<kRows, 2>(rows, pairs, ld, vector_pairs, width, num_pairs, d, first_bf16(kPairLanes), stream);

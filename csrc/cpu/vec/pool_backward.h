@@ -178,8 +178,7 @@ inline void store_grad_x(
   if (!dropped) {
     const A* products = scratch.products + first_vector * block.ld;
     const int64_t num_vectors = 2 * num_queries - first_vector;
-    if (scratch.pairs.combine(
-            scratch.grad_rows, block.count, products, block.ld, num_vectors, args.stream_grad_x)) {
+    if (scratch.pairs.combine(scratch.grad_rows, block.count, products, block.ld, num_vectors, args.stream_grad_x)) {
       return;
     }
     combine<A>(

@@ -69,7 +69,7 @@ template <typename T>
 inline bool by_pairs(const PoolArgs& args) {
   // The vectors of a bag, packed, stay in the second-level cache.
   constexpr int64_t most = 1 << 16;
-  return PairProducts<T>::kAvailable && args.vectors_are_tokens && args.x_strides.inner == 1 &&
+  return PairProducts<T>::kAvailable && args.rounds_to_tokens && args.x_strides.inner == 1 &&
          args.queries * args.channels <= most;
 }
 
