@@ -19,8 +19,9 @@ struct PoolPartition {
   // Tokens per item: enough bytes to make taking an item cheap, and enough tokens per query that what the
   // parts leave behind stays small beside the tokens themselves.
   static int64_t block_tokens(const PoolArgs& args, int64_t element_bytes) {
-    constexpr int64_t block_bytes = 256 << 10;
     const int64_t row_bytes = std::max<int64_t>(args.channels * element_bytes, 16);
+    // Readers of wide rows ask for more bytes ahead, which at the end of an item are another's.
+    const int64_t block_bytes = row_bytes > 4096 ? 512 << 10 : 256 << 10;
     return std::max({block_bytes / row_bytes, 16 * args.queries, int64_t{16}});
   }
 

@@ -95,7 +95,7 @@ struct Block {
     const int64_t row_bytes = (args.channels > 0 ? args.channels : 1) * (needs_tile ? sizeof(A) : sizeof(T));
     const int64_t budget = args.queries < 4 ? 16 << 10 : 32 << 10;
     const int64_t fit = budget / row_bytes / 8 * 8;
-    capacity = fit < 8 ? 8 : fit > 64 ? 64 : fit;
+    capacity = row_bytes > 4096 ? kRowStep : fit < 8 ? 8 : fit > 64 ? 64 : fit;
     constexpr int64_t least_ahead = 16 << 10;
     const int64_t step = capacity * args.x_strides.token * static_cast<int64_t>(sizeof(T));
     const int64_t distance = step < 0 ? -step : step;
