@@ -221,7 +221,7 @@ def borders() -> Iterator[Call]:
 def bfloat16_borders() -> Iterator[Call]:
     """Pairs of rows, of channels and of vectors: where one is left over; 32 channels go together."""
     for d in (2, 31, 32, 33, 63, 64, 65, 95, 96, 100):
-        for t, k in ((1, None), (2, 1), (3, 2), (9, 3), (16, 4), (17, 5), (33, None)):
+        for t, k in ((1, None), (2, 1), (3, 2), (9, 3), (16, 4), (17, 5), (33, None), (37, 12), (10, 33)):
             yield with_mask(padded(2, t, d, k, torch.bfloat16))
             yield padded(2, t, d, k, torch.bfloat16)
     yield packed((4095, 4096, 4097, 1, 0, 9001), 16, 2, torch.bfloat16)

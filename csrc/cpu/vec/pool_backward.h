@@ -121,6 +121,7 @@ inline void start_bag(const BackwardArgs& args, BackwardScratch<T>& scratch, con
   if (!scratch.pairs.set_vectors(scratch.vectors, num_queries, num_queries)) return;
   const int64_t first = args.query != nullptr ? 0 : num_queries;
   scratch.pairs.pair_vectors(first, 2 * num_queries - first);
+  scratch.pairs.widen_vectors(first, 2 * num_queries - first);
   for (int64_t k = num_queries; k < 2 * num_queries; ++k) {
     scratch.delta[k - num_queries] += dot(scratch.vectors[k], scratch.centres[k], channels);
   }

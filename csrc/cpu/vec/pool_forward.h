@@ -36,7 +36,9 @@ struct ForwardScratch {
     factor_pattern = arena.take<A>(kLanes<A> * kLanes<A>);
     if (base == nullptr || args.query == nullptr) return;
     for (int64_t k = 0; k < num_queries; ++k) queries[k] = static_cast<const A*>(args.query) + k * args.channels;
-    if (pairs.active) pairs.set_vectors(queries, 0, num_queries);
+    if (!pairs.active) return;
+    pairs.set_vectors(queries, 0, num_queries);
+    pairs.widen_vectors(0, num_queries);
   }
 };
 
