@@ -70,13 +70,14 @@ def _sizes() -> Iterator[tuple[str, int, int, int, int | None]]:
     yield "long", 2, 3000, 16, None
     yield "no bags", 0, 5, 8, None
     yield "no tokens", 3, 0, 8, 2
+    yield "no channels", 2, 5, 0, 2
 
 
 for _name, _b, _t, _d, _k in _sizes():
 
     def _attention(dtype: torch.dtype, b: int = _b, t: int = _t, d: int = _d, k: int | None = _k) -> Inputs:
         query = rand(d, dtype=dtype) if k is None else rand(k, d, dtype=dtype)
-        return Inputs(rand(b, t, d, dtype=dtype), query, scale=d**-0.5)
+        return Inputs(rand(b, t, d, dtype=dtype), query, scale=max(d, 1) ** -0.5)
 
     def _softmax(dtype: torch.dtype, b: int = _b, t: int = _t, d: int = _d, k: int | None = _k) -> Inputs:
         scores = rand(b, t, dtype=dtype) if k is None else rand(b, t, k, dtype=dtype)

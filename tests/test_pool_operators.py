@@ -121,7 +121,7 @@ def test_vmap_of_the_operators_themselves() -> None:
 
 
 @cases
-@pytest.mark.parametrize("wrap", ["jvp", "jacfwd", "dual"])
+@pytest.mark.parametrize("wrap", ["jvp", "jacfwd", "hessian", "jvp of vmap", "dual"])
 def test_forward_mode_is_refused_and_right_on_the_reference(name: str, wrap: str) -> None:
     loss, x, other = inputs(name)
 
@@ -130,6 +130,11 @@ def test_forward_mode_is_refused_and_right_on_the_reference(name: str, wrap: str
             return func.jvp(f, (x, other), (x, other))[1]
         if wrap == "jacfwd":
             return func.jacfwd(f)(x, other)
+        if wrap == "hessian":
+            return func.hessian(f)(x, other)
+        if wrap == "jvp of vmap":
+            mapped = func.vmap(f, (0, None))
+            return func.jvp(lambda x: mapped(x, other), (x[None],), (x[None],))[1]
         with torch.autograd.forward_ad.dual_level():
             dual = torch.autograd.forward_ad.make_dual(x, x)
             return torch.autograd.forward_ad.unpack_dual(f(dual, other)).tangent
@@ -139,6 +144,16 @@ def test_forward_mode_is_refused_and_right_on_the_reference(name: str, wrap: str
     tangent = forward(plain(loss))
     if wrap == "dual":
         torch.testing.assert_close(tangent, (func.grad(plain(loss))(x, other) * x).sum())
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_forward_mode_through_a_backward_is_refused(create_graph: bool) -> None:
+    x = pool_cases.rand(2, 3, 4).requires_grad_()
+    out = fusefeat.attention_pool(x, pool_cases.rand(4))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(torch.ones_like(out), torch.ones_like(out))
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            torch.autograd.grad(out, x, dual, create_graph=create_graph)
 
 
 def compiled(f: Callable[..., Any], **options: Any) -> Callable[..., Any]:

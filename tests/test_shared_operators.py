@@ -108,7 +108,7 @@ def test_vmapped_row_weights_are_read_by_no_check() -> None:
 
 
 @cases
-@pytest.mark.parametrize("wrap", ["jvp", "jacfwd", "dual"])
+@pytest.mark.parametrize("wrap", ["jvp", "jacfwd", "hessian", "jvp of vmap", "dual"])
 def test_forward_mode_is_refused_and_right_on_the_reference(loss: Loss, wrap: str) -> None:
     x, weight = inputs()
 
@@ -117,6 +117,11 @@ def test_forward_mode_is_refused_and_right_on_the_reference(loss: Loss, wrap: st
             return func.jvp(f, (x, weight), (x, weight))[1]
         if wrap == "jacfwd":
             return func.jacfwd(f)(x, weight)
+        if wrap == "hessian":
+            return func.hessian(f)(x, weight)
+        if wrap == "jvp of vmap":
+            mapped = func.vmap(f, (0, None))
+            return func.jvp(lambda x: mapped(x, weight), (x[None],), (x[None],))[1]
         with torch.autograd.forward_ad.dual_level():
             dual = torch.autograd.forward_ad.make_dual(x, x)
             return torch.autograd.forward_ad.unpack_dual(f(dual, weight)).tangent

@@ -37,7 +37,7 @@ def row_statistics(function: str, logits: Logits, backend: str | None, with_clam
     chosen = backends.choose(function, backend, logits.input)
     if chosen == "reference":
         return reference.statistics(*logits, with_clamp)
-    checks.no_forward_mode(function, chosen, *logits)
+    checks.no_forward_mode(function, *logits)
     keep = _rows_to_keep(logits, chosen)
     return operators.operator("shared_penalty", chosen)(*logits, with_clamp, keep)[:5]
 
@@ -56,7 +56,7 @@ def finished_scalars(
     reg: tuple[float, float] | None,
 ) -> tuple[Tensor, Tensor]:
     """Penalty and regulariser (empty without ``reg``, its scale and shift) from the operator that finishes both."""
-    checks.no_forward_mode(function, "cpu", *logits)
+    checks.no_forward_mode(function, *logits)
     scale, shift = (0.0, 0.0) if reg is None else reg
     args = (*logits[:5], logits.operand, *factors, reg is not None, scale, shift, _rows_to_keep(logits, "cpu"))
     return shared_loss.operator("shared_loss")(*args)[:2]

@@ -110,7 +110,7 @@ def _attention_pool(
     chosen = backends.choose("attention_pool", backend, x)
     if chosen == "reference":
         return reference.attention_pool(x, query, mask, cu_seqlens, scale)
-    checks.no_forward_mode("attention_pool", chosen, x, query)
+    checks.no_forward_mode("attention_pool", x, query)
     return pools.pool("attention_pool", chosen)(x, query, mask, cu_seqlens, scale, need_weights)
 
 
@@ -183,7 +183,7 @@ def softmax_pool(
     if chosen == "reference":
         out, _, weights = reference.softmax_pool(values, scores, mask, cu_seqlens)
     else:
-        checks.no_forward_mode("softmax_pool", chosen, values, scores)
+        checks.no_forward_mode("softmax_pool", values, scores)
         pool = pools.pool("softmax_pool", chosen)
         out, _, weights = pool(values, scores, mask, cu_seqlens, return_weights)
     out = out.to(values.dtype)

@@ -47,7 +47,7 @@ def clamped_activation(
     args = (logits.context, logits.input, logits.weight, logits.bias, logits.margin, logits.operand)
     if chosen == "reference":
         return reference.activation(*args).to(input.dtype)
-    checks.no_forward_mode("clamped_activation", chosen, *logits)
+    checks.no_forward_mode("clamped_activation", *logits)
     return operators.operator("clamped_activation", chosen)(*args)[0].to(input.dtype)
 
 
@@ -174,13 +174,13 @@ def clamped_reg(
     check_reduction("clamped_reg", reduction)
     chosen = backends.choose("clamped_reg", backend, input)
     if not return_stats and shared_loss.serves(chosen, logits.row_weight):
-        checks.no_forward_mode("clamped_reg", chosen, *logits)
+        checks.no_forward_mode("clamped_reg", *logits)
         args = (*logits[:5], logits.operand, *scale_and_shift(logits, subtract_floor, reduction))
         return shared_loss.operator("clamped_loss")(*args)[0]
     if chosen == "reference":
         row_excess, fired = reference.statistics(*logits)
     else:
-        checks.no_forward_mode("clamped_reg", chosen, *logits)
+        checks.no_forward_mode("clamped_reg", *logits)
         row_excess, fired = operators.operator("clamped_reg", chosen)(*logits)
     reg, stats = reduce(logits, row_excess, fired, subtract_floor, reduction)
     return (reg, stats) if return_stats else reg

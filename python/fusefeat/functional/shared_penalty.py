@@ -46,7 +46,7 @@ def shared_assignment(
     args = (logits.context, logits.input, logits.weight, logits.bias, logits.margin, logits.operand)
     if chosen == "reference":
         return reference.assignment(*args).to(input.dtype)
-    checks.no_forward_mode("shared_assignment", chosen, *logits)
+    checks.no_forward_mode("shared_assignment", *logits)
     return operators.operator("shared_assignment", chosen)(*args)[0].to(input.dtype)
 
 

@@ -95,7 +95,7 @@ class AttentionPool(nn.Module):
             pool = partial(_attention_pool, need_weights=return_weights, backend=chosen)
             out, _, _, weights, _ = partial(reference.attention_layer, pool=pool)(*args)
         else:
-            checks.no_forward_mode("AttentionPool", chosen, *args)
+            checks.no_forward_mode("AttentionPool", *args)
             out, _, _, weights, _ = pools.layer(chosen)(*args, return_weights)
         return out, weights
 

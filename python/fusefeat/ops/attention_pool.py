@@ -45,7 +45,7 @@ def _vmap(
     if x_dim is None and mask_dim is None and cu_dim is None and not other_is_per_token:
         # Only the queries are mapped: they all read x in one call.
         queries = other.movedim(other_dim, 0)
-        out, lse, weights = call(x, queries.reshape(-1, x.shape[-1]), mask, cu_seqlens, *extra)
+        out, lse, weights = call(x, queries.flatten(0, -2), mask, cu_seqlens, *extra)
         axes = queries.shape[:-1]
         weights = weights.unflatten(-1, axes) if need_weights else weights.expand(size, 0)
         weights_dim = 1 - queries.dim() if need_weights else 0

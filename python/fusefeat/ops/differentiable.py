@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import checks
 from .vmap import loop
 
 VmapRule = Callable[[Callable[..., Any], int, Sequence[Any], Sequence[Any]], Any]
@@ -78,6 +79,7 @@ class Operator:
         """The backward operator, itself differentiable."""
         if torch._C._are_functorch_transforms_active() or torch.is_grad_enabled():
             return _tuple(_Backward.apply(self, *args))
+        checks.no_forward_mode("fusefeat", *args)
         return _tuple(self.backward(*args)) if torch.compiler.is_compiling() else _kernel(self.backward, args)
 
     def register(self) -> Operator:
@@ -222,6 +224,10 @@ class _Forward(torch.autograd.Function):
         return None, *ctx.op._gradients(ctx, ctx.op.gradients, grads, ctx.needs_input_grad[1:])
 
     @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise checks.forward_mode_error("fusefeat")
+
+    @staticmethod
     def vmap(info: Any, in_dims: Any, op: Operator, *args: Any) -> Any:
         return op._vmap(op, info.batch_size, in_dims[1:], args)
 
@@ -239,6 +245,10 @@ class _Backward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         return None, *ctx.op._second_gradients(ctx, grads)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise checks.forward_mode_error("fusefeat")
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, op: Operator, *args: Any) -> Any:

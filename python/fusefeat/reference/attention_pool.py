@@ -87,7 +87,7 @@ def attention_pool(
     acc = acc_dtype(x.dtype)
     tokens = x.to(acc)
     scores, keeps = [], []
-    for q in query.to(acc).reshape(-1, x.shape[-1]).unbind(0):
+    for q in torch.atleast_2d(query.to(acc)).unbind(0):
         visible = tokens if mask is None else torch.where(mask[..., None], tokens, 0.0)
         keep = (scale * (visible.detach() * q.detach()).sum(-1)) != NEG_INF
         keep = keep if mask is None else keep & mask
