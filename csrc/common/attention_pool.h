@@ -159,8 +159,23 @@ inline void check_backward(
   }
 }
 
+// Contiguous, on the device of `like`. Not by torch::stable::new_empty, which looks an operator up by its name: that
+// takes longer than a small kernel.
 inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type) {
-  Tensor tensor = torch::stable::new_empty(like, shape, type);
+  std::vector<int64_t> strides(shape.size());
+  int64_t step = 1;
+  for (size_t i = shape.size(); i-- > 0;) {
+    strides[i] = step;
+    step *= shape[i] > 1 ? shape[i] : 1;
+  }
+  int32_t device_type, device_index;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), device_type, device_index, &handle));
+  Tensor tensor(handle);
   poison(tensor);
   return tensor;
 }

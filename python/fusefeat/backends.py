@@ -36,17 +36,6 @@ def _reference_unavailable() -> str | None:
     return None
 
 
-_FAMILY_OF = {
-    "attention_pool": "attention_pool",
-    "softmax_pool": "attention_pool",
-    "shared_assignment": "shared_penalty",
-    "shared_penalty": "shared_penalty",
-    "shared_objective": "shared_penalty",
-    "clamped_activation": "clamped_reg",
-    "clamped_reg": "clamped_reg",
-}
-
-
 @dataclass(frozen=True)
 class Backend:
     """One implementation of every op. ``device_types`` is None when any device will do."""
@@ -90,13 +79,19 @@ def order(family: str, device_type: str) -> list[str]:
     return list(_ORDER.get(device_type, ("reference",)))
 
 
+def _first_available(names: tuple[str, ...]) -> str:
+    return next(name for name in names if BACKENDS[name].why_unavailable() is None)
+
+
+# Looked up at every call; what is available does not change.
+_AUTOMATIC = {device: _first_available(names) for device, names in _ORDER.items()}
+
+
 def choose(function: str, requested: str | None, x: Tensor) -> str:
     """The name of the backend to run ``function`` on x, or a ValueError that gives every reason against."""
     if requested is None:
-        for name in order(_FAMILY_OF[function], x.device.type):
-            if not BACKENDS[name].why_not(x):
-                return name
-    if requested is not None and not isinstance(requested, str):
+        return _AUTOMATIC.get(x.device.type, "reference")
+    if not isinstance(requested, str):
         raise TypeError(f"{function}: backend must be a string or None, got {type(requested).__name__} {requested!r}")
     if requested not in BACKENDS:
         raise ValueError(f"{function}: backend must be None or one of {', '.join(BACKENDS)}, got {requested!r}")

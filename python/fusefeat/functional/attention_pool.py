@@ -93,7 +93,7 @@ def attention_pool(
     checks.query("attention_pool", query, x)
     scale = checks.finite_number("attention_pool", "scale", scale)
     out, _, weights = _attention_pool(x, query, mask, cu_seqlens, scale, return_weights, backend)
-    out = out.to(x.dtype)
+    out = out if out.dtype == x.dtype else out.to(x.dtype)
     return (out, weights.to(x.dtype)) if return_weights else out
 
 
@@ -186,5 +186,5 @@ def softmax_pool(
         checks.no_forward_mode("softmax_pool", values, scores)
         pool = pools.pool("softmax_pool", chosen)
         out, _, weights = pool(values, scores, mask, cu_seqlens, return_weights)
-    out = out.to(values.dtype)
+    out = out if out.dtype == values.dtype else out.to(values.dtype)
     return (out, weights.to(scores.dtype)) if return_weights else out

@@ -85,7 +85,7 @@ class AttentionPool(nn.Module):
                 checks.same_device("AttentionPool", name, parameter, "x", x)
         with without_autocast(x):
             out, weights = self._pool((x, *parameters, mask, cu_seqlens), return_weights)
-        out = out.to(x.dtype)
+        out = out if out.dtype == x.dtype else out.to(x.dtype)
         return (out, weights.to(x.dtype)) if return_weights else out
 
     def _pool(self, args: tuple[Any, ...], return_weights: bool) -> tuple[Tensor, Tensor]:

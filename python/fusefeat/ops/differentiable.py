@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import checks
 from .vmap import loop
@@ -72,7 +73,7 @@ class Operator:
         if transformed:
             return _tuple(_Forward.apply(self, *args))
         if torch.is_grad_enabled() and any(args[i] is not None and args[i].requires_grad for i in self.wrt):
-            return _tuple(_Eager.apply(self, *args))
+            return _tuple(_Eager.apply(self, args, *[args[i] for i in self.wrt]))
         return _kernel(self.forward, args)
 
     def gradients(self, *args: Any) -> tuple[Any, ...]:
@@ -117,47 +118,52 @@ class Operator:
 
     def _save(self, ctx: Any, args: Sequence[Any], output: Any) -> None:
         outputs = _tuple(output)
-        absent = [] if self.optional is None or args[self.optional[1]] else [self.optional[0]]
-        ctx.mark_non_differentiable(*(o for i, o in enumerate(outputs) if i not in self.grads or i in absent))
-        kept = args[: self.backward_args]
-        ctx.others = [None if isinstance(arg, Tensor) else arg for arg in kept]
-        tensors = [arg if isinstance(arg, Tensor) else None for arg in kept]
-        ctx.save_for_backward(*tensors, *(outputs[i] for i in self.saved))
+        absent = -1 if self.optional is None or args[self.optional[1]] else self.optional[0]
+        ctx.mark_non_differentiable(*[o for i, o in enumerate(outputs) if i not in self.grads or i == absent])
+        self._keep(ctx, args[: self.backward_args], [outputs[i] for i in self.saved])
         ctx.arg_count = len(args)
+
+    def _keep(self, ctx: Any, args: Sequence[Any], outputs: Sequence[Tensor]) -> None:
+        tensors = [arg if isinstance(arg, Tensor) else None for arg in args]
+        ctx.others = [None if tensor is not None else arg for arg, tensor in zip(args, tensors, strict=True)]
+        ctx.save_for_backward(*tensors, *outputs)
         ctx.set_materialize_grads(False)
+
+    def _kept(self, ctx: Any) -> tuple[list[Any], tuple[Any, ...]]:
+        tensors, others = ctx.saved_tensors, ctx.others
+        args = [other if tensor is None else tensor for tensor, other in zip(tensors, others, strict=False)]
+        return args, tensors[len(others) :]
 
     def _gradients(
         self, ctx: Any, backward: Callable[..., Any], grads: Sequence[Any], needs_input_grad: Sequence[bool]
     ) -> tuple[Any, ...]:
-        args, outputs = self._saved_args(ctx)
+        """One gradient per argument of the forward."""
         result: list[Any] = [None] * ctx.arg_count
-        picked = [grads[i] for i in self.grads]
-        if all(grad is None for grad in picked):
-            return tuple(result)
-        if self.first_grad_required and picked[0] is None:
-            picked[0] = torch.zeros_like(outputs[0])
-        needs = [needs_input_grad[i] and args[i] is not None for i in self.wrt]
-        firsts = _tuple(backward(*picked, *args, *outputs, *([needs] if self.needs_as_list else needs)))
-        for position, need, first in zip(self.wrt, needs, firsts, strict=True):
-            result[position] = first if need else None
+        needs = [needs_input_grad[i] for i in self.wrt]
+        for position, first in zip(self.wrt, self._first_gradients(ctx, backward, grads, needs), strict=True):
+            result[position] = first
         return tuple(result)
 
-    def _saved_args(self, ctx: Any) -> tuple[list[Any], tuple[Any, ...]]:
-        tensors = ctx.saved_tensors
-        count = len(ctx.others)
-        args = [other if tensor is None else tensor for tensor, other in zip(tensors[:count], ctx.others, strict=True)]
-        return args, tensors[count:]
+    def _first_gradients(
+        self, ctx: Any, backward: Callable[..., Any], grads: Sequence[Any], needs: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """One gradient per position in ``wrt``."""
+        args, outputs = self._kept(ctx)
+        picked = [grads[i] for i in self.grads]
+        if all(grad is None for grad in picked):
+            return [None] * len(needs)
+        if self.first_grad_required and picked[0] is None:
+            picked[0] = torch.zeros_like(outputs[0])
+        firsts = _tuple(backward(*picked, *args, *outputs, *([needs] if self.needs_as_list else needs)))
+        return [first if need else None for first, need in zip(firsts, needs, strict=True)]
 
     def _save_backward(self, ctx: Any, inputs: Sequence[Any]) -> None:
-        count = len(self.grads) + self.backward_args
-        ctx.others = [None if isinstance(arg, Tensor) else arg for arg in inputs[:count]]
-        ctx.save_for_backward(*(arg if isinstance(arg, Tensor) else None for arg in inputs[:count]))
+        self._keep(ctx, inputs[: len(self.grads) + self.backward_args], ())
         ctx.arg_count = len(inputs)
-        ctx.set_materialize_grads(False)
 
     def _second_gradients(self, ctx: Any, incoming: Sequence[Any]) -> tuple[Any, ...]:
         """Gradients of the backward operator for its incoming gradients and for the forward's arguments."""
-        saved, _ = self._saved_args(ctx)
+        saved, _ = self._kept(ctx)
         grads, args = saved[: len(self.grads)], saved[len(self.grads) :]
         given = [i for i, grad in enumerate(grads) if grad is not None]
         variables = [i for i in self.wrt if args[i] is not None]
@@ -195,18 +201,25 @@ class Operator:
 
 
 class _Eager(torch.autograd.Function):
-    """Without ``setup_context``, which torch.func needs and whose arguments torch binds by their names, slowly."""
+    """Without ``setup_context``, which torch.func needs and whose arguments torch binds by their names, slowly. All
+    arguments come as one, and those with gradients once more: each costs time of its own.
+    """
 
     @staticmethod
-    def forward(ctx: Any, op: Operator, *args: Any) -> Any:
-        outputs = _kernel(op.forward, args)
+    def forward(ctx: Any, op: Operator, args: tuple[Any, ...], *variables: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            outputs = op.forward(*args)
         ctx.op = op
         op._save(ctx, args, outputs)
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return None, *ctx.op._gradients(ctx, ctx.op.gradients, grads, ctx.needs_input_grad[1:])
+        op, needs = ctx.op, list(ctx.needs_input_grad[2:])
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+            return None, None, *op._first_gradients(ctx, op.gradients, grads, needs)
+        with torch._C._AutoDispatchBelowAutograd():
+            return None, None, *op._first_gradients(ctx, op.backward, grads, needs)
 
 
 class _Forward(torch.autograd.Function):
