@@ -1,7 +1,7 @@
 // The products of row_blocks.h where rows are bfloat16 and the processor multiplies pairs of bfloat16, adding both
 // products in float: twice the work per instruction, and no conversion of the rows. Query and incoming gradient are
-// bfloat16 already; weights and gradients of scores are rounded to it, as a matrix product in bfloat16 would round
-// them.
+// bfloat16 already. Weights and gradients of scores become a bfloat16 and a second one for the rest where their sums
+// may cancel, and are rounded to one, as a matrix product in bfloat16 would, where they cannot.
 #pragma once
 
 #include "row_blocks.h"
@@ -29,7 +29,7 @@ struct PairProducts {
   bool dots(const RowList<Row>&, int64_t, int64_t, A*, int64_t) {
     return false;
   }
-  template <typename Row>
+  template <bool kSplit, typename Row>
   bool accumulate(const RowList<Row>&, const A*, int64_t, const A*, int64_t, A*) {
     return false;
   }
@@ -106,18 +106,25 @@ struct PairProducts<BFloat16> {
     return false;
   }
 
-  // As accumulate() of row_blocks.h.
-  template <typename Row>
+  // As accumulate() of row_blocks.h. kSplit carries each value as the sum of two bfloat16, where many values of both
+  // signs nearly cancel.
+  template <bool kSplit, typename Row>
   bool accumulate(
       const RowList<Row>& list, const float* values, int64_t ld, const float* rescale, int64_t num_sums, float* sums) {
     if constexpr (sizeof(Row) == sizeof(BFloat16)) {
       if (!active) return false;
+      const int64_t rests = num_sums * ld / 2;
       for (int64_t k = 0; k < num_sums; ++k) {
         for (int64_t r = 0; r < list.count; r += 16) {
-          const FloatVec v = load(values + k * ld + r);
-          const FloatVec there = lanes_below<float>(r, list.count) ? v : FloatVec{};
-          _mm256_storeu_si256(
-              reinterpret_cast<__m256i*>(coefficients + (k * ld + r) / 2), (__m256i)_mm512_cvtneps_pbh((__m512)there));
+          const FloatVec value = load(values + k * ld + r);
+          const FloatVec v = lanes_below<float>(r, list.count) ? value : FloatVec{};
+          const __m256i rounded = (__m256i)_mm512_cvtneps_pbh((__m512)v);
+          uint32_t* to = coefficients + (k * ld + r) / 2;
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), rounded);
+          if constexpr (kSplit) {
+            const FloatVec rest = v - (FloatVec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16);
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + rests), (__m256i)_mm512_cvtneps_pbh((__m512)rest));
+          }
         }
       }
       int64_t d = 0;
@@ -127,8 +134,8 @@ struct PairProducts<BFloat16> {
         int64_t k = 0;
         const auto some = [&](auto sums_at_once, auto prefetching) {
           constexpr int num = decltype(sums_at_once)::value;
-          pair_accumulate_tile<num, step, decltype(prefetching)::value != 0>(
-              list, coefficients + k * ld / 2, ld / 2, rescale == nullptr ? nullptr : rescale + k, d, mask,
+          pair_accumulate_tile<num, step, decltype(prefetching)::value != 0, kSplit>(
+              list, coefficients + k * ld / 2, rests, ld / 2, rescale == nullptr ? nullptr : rescale + k, d, mask,
               sums + k * channels, channels);
           k += num;
         };

@@ -55,11 +55,12 @@ inline void pair_dot_tile(
   }
 }
 
-// Sums of up to 32 channels from d on; those of a pair of rows meet in one instruction.
-template <int kSums, int kColumns, bool kPrefetch>
+// Sums of up to 32 channels from d on; those of a pair of rows meet in one instruction. With kSplit the rest of each
+// coefficient lies `rests` behind it.
+template <int kSums, int kColumns, bool kPrefetch, bool kSplit>
 inline void pair_accumulate_tile(
-    const RowList<BFloat16>& list, const uint32_t* coefficients, int64_t ld, const float* rescale, int64_t d,
-    __mmask32 mask, float* __restrict sums, int64_t channels) {
+    const RowList<BFloat16>& list, const uint32_t* coefficients, int64_t rests, int64_t ld, const float* rescale,
+    int64_t d, __mmask32 mask, float* __restrict sums, int64_t channels) {
   FloatVec low[kSums][kColumns], high[kSums][kColumns];
   for (int k = 0; k < kSums; ++k) {
     for (int c = 0; c < kColumns; ++c) low[k][c] = high[k][c] = FloatVec{};
@@ -81,6 +82,13 @@ inline void pair_accumulate_tile(
       for (int c = 0; c < kColumns; ++c) {
         low[k][c] = dot_pairs(low[k][c], even[c], p);
         high[k][c] = dot_pairs(high[k][c], odd[c], p);
+      }
+      if constexpr (kSplit) {
+        const __m512i rest = _mm512_set1_epi32(static_cast<int>(coefficients[rests + k * ld + r / 2]));
+        for (int c = 0; c < kColumns; ++c) {
+          low[k][c] = dot_pairs(low[k][c], even[c], rest);
+          high[k][c] = dot_pairs(high[k][c], odd[c], rest);
+        }
       }
     }
   }

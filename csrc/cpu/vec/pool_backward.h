@@ -207,7 +207,7 @@ inline void add_grad_query(
   const Block<T>& block = scratch.block;
   const A* ones = first ? nullptr : scratch.ones;
   if (!dropped) {
-    if (!scratch.pairs.accumulate(list, scratch.products, block.ld, ones, num_queries, grad_query)) {
+    if (!scratch.pairs.template accumulate<true>(list, scratch.products, block.ld, ones, num_queries, grad_query)) {
       accumulate(list, scratch.products, block.ld, ones, num_queries, grad_query, channels);
     }
     return;
