@@ -70,7 +70,8 @@ def test_error_relative_to_eagers_own(dtype: torch.dtype, queries: int, sharpnes
         out = call(x, query)
         return out, *torch.autograd.grad(out, [x, query], grad.to(out.dtype))
 
-    x, query, grad = (pool_cases.rand(*shape, dtype=dtype) for shape in ((4, 600, 256), (queries, 256), (4, queries, 256)))
+    shapes = ((4, 600, 256), (queries, 256), (4, queries, 256))
+    x, query, grad = (pool_cases.rand(*shape, dtype=dtype) for shape in shapes)
     query, x = (query.double() * sharpness / 16).to(dtype), x + mean
     exact = results(_textbook, x.double(), query.double(), grad)
     eager = results(_textbook, x, query, grad)
