@@ -167,3 +167,27 @@ def test_no_paths_of_the_build_machine_in_the_binaries() -> None:
         data = path.read_bytes()
         for root in roots:
             assert str(root).encode() not in data, f"{path.name} holds {root}"
+
+
+def test_import_leaves_compiler_and_triton_alone() -> None:
+    code = "import sys, torch, fusefeat; print(sorted({'torch._dynamo', 'triton'} & set(sys.modules)))"
+    assert run(code, PACKAGE.parent) == "[]\n"
+
+
+@pytest.mark.parametrize("keep_out", ["sys.modules['triton'] = None", "sys.meta_path.insert(0, Refusing())"])
+def test_without_triton(keep_out: str) -> None:
+    code = f"""
+import sys
+import torch
+
+class Refusing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "triton":
+            raise ImportError("no " + name)
+
+{keep_out}
+import fusefeat
+from fusefeat import backends
+print(backends.BACKENDS["triton"].why_unavailable(), fusefeat.attention_pool(torch.ones(1, 1, 1), torch.ones(1)).item())
+"""
+    assert run(code, PACKAGE.parent) == "triton is not installed (pip install triton) 1.0\n"

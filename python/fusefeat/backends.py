@@ -23,7 +23,14 @@ def _cuda_unavailable() -> str | None:
     return None if _library.STATE.cuda_loaded else _library.STATE.cuda_reason
 
 
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
+def _has_triton() -> bool:
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except (ImportError, ValueError):  # kept from being imported, or a stand-in without a spec
+        return False
+
+
+_HAS_TRITON = _has_triton()
 # Read once: Triton itself decides at import whether kernels are interpreted.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 

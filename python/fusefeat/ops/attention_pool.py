@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from .. import _library
 from ..reference import attention_pool as reference
 from ..reference.attention_pool import acc_dtype
-from .differentiable import Operator
+from .differentiable import Operator, run_when_compiling
 from .native import NativeOperators, without_autocast
 from .vmap import fold, loop, unfold
 
@@ -120,7 +120,7 @@ _LOADED = {"cpu": _NATIVE, "cuda": _NATIVE}
 _LOCK = threading.Lock()
 
 
-@torch.compiler.assume_constant_result  # torch.compile runs it instead of tracing into the registration
+@run_when_compiling
 def _load_triton() -> bool:
     with _LOCK:
         if "triton" in _LOADED:

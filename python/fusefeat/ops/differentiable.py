@@ -32,6 +32,15 @@ def _kernel(call: Callable[..., Any], args: Sequence[Any]) -> tuple[Any, ...]:
         return _tuple(call(*args))
 
 
+def run_when_compiling(function: Callable[[], bool]) -> Callable[[], bool]:
+    """torch.compile calls it, for registrations that cannot be traced into.
+
+    ``torch.compiler.assume_constant_result`` does just this, but imports the compiler first, which takes seconds.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 @dataclass(frozen=True, eq=False)
 class Operator:
     """One op on one backend.

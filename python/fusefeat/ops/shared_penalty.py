@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import _library
 from ..reference import shared_penalty as reference
 from ..reference.attention_pool import acc_dtype
-from .differentiable import Operator
+from .differentiable import Operator, run_when_compiling
 from .native import NativeOperators
 
 # Logits that the forward keeps for its backward, in bytes: at most so many, and with the tile of logits that the
@@ -136,7 +136,7 @@ _LOADED = {"cpu": _NATIVE, "cuda": _NATIVE}
 _LOCK = threading.Lock()
 
 
-@torch.compiler.assume_constant_result  # torch.compile runs it instead of tracing into the registration
+@run_when_compiling
 def _load_triton() -> bool:
     with _LOCK:
         if "triton" in _LOADED:
