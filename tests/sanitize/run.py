@@ -4,7 +4,7 @@
     python tests/sanitize/run.py thread     # address, cuda or thread alone; more arguments go to pytest
 
 address: the CPU library under AddressSanitizer and UndefinedBehaviorSanitizer, on all instruction sets of this machine.
-cuda: the CUDA kernels, executed on the CPU, under both.
+cuda: the CUDA kernels, executed on the CPU, under both: the tests of each family, the shared cases, drawn problems.
 thread: the CPU library under ThreadSanitizer, on threads that it understands (threads.cpp).
 """
 
