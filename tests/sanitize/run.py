@@ -4,8 +4,8 @@
     python tests/sanitize/run.py thread     # address, cuda or thread alone; more arguments go to pytest
 
 address: the CPU library under AddressSanitizer and UndefinedBehaviorSanitizer, on all instruction sets of this machine.
-cuda: the CUDA kernels, executed on the CPU, under both: the tests of each family (of the shared penalty all but the cases
-of many rows and of many features, which take longest), the shared cases of the pools, and drawn problems.
+cuda: the CUDA kernels, executed on the CPU, under both: the tests of each family (of the shared penalty all but the
+cases of many rows and of many features, which take longest), the shared cases of the pools, and drawn problems.
 thread: the CPU library under ThreadSanitizer, on threads that it understands (threads.cpp).
 """
 
