@@ -24,7 +24,11 @@ def sanitizer():
 
 
 def run(sanitizer, *arguments):
-    environment = {**os.environ, "LD_PRELOAD": sanitizer, "ASAN_OPTIONS": "detect_leaks=0"}
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": sanitizer,
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+    }
     command = [sys.executable, str(HERE / "memory_check.py"), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
@@ -35,8 +39,12 @@ def test_family(sanitizer, request, family):
     assert result.returncode == 0 and result.stdout.strip() == "done", result.stderr[-4000:]
 
 
-def test_planted_fault_is_found(sanitizer, request):
+@pytest.mark.parametrize(
+    ("fault", "report"),
+    [("past a tensor", "heap-buffer-overflow"), ("past a local array", "stack-buffer-overflow")],
+)
+def test_planted_fault_is_found(sanitizer, request, fault, report):
     library = build(request.config.cache.mkdir("cuda_on_cpu"), "planted", [HERE / "planted_faults.cu"], SANITIZE)
     assert run(sanitizer, "planted", library, FAULTS.index("none")).stdout.strip() == "done"
-    result = run(sanitizer, "planted", library, FAULTS.index("past a tensor"))
-    assert result.returncode != 0 and "heap-buffer-overflow" in result.stderr
+    result = run(sanitizer, "planted", library, FAULTS.index(fault))
+    assert result.returncode != 0 and report in result.stderr

@@ -1,4 +1,5 @@
-"""Import this before fusefeat.triton: kernels then run in Triton's interpreter, on CPU tensors.
+"""Import this before fusefeat.triton: kernels then run in Triton's interpreter, on CPU tensors, and what they write
+starts as NaN.
 
 Where there is a GPU the kernels run on it, in the same process: modules that want the interpreter are skipped.
 """
@@ -66,3 +67,7 @@ _create_dot = interpreter.InterpreterBuilder.create_dot
 interpreter.InterpreterBuilder.cast_impl = _cast
 interpreter.InterpreterBuilder.create_dot = _dot
 interpreter._patch_lang = _patch_once
+
+from fusefeat.triton import _launch  # noqa: E402 - reads the variable above
+
+_launch.POISON = True

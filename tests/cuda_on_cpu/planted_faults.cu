@@ -18,14 +18,29 @@ enum Fault : int {
   kDifferentShuffles,
   kMisaligned,
   kPastATensor,
+  kPastALocalArray,
 };
 
 constexpr int kThreads = 64;
+
+// Across a barrier, behind which nothing of the frame may be forgotten.
+__device__ float from_local_array(float value, int last) {
+  float local[kThreads];
+  for (int i = 0; i < kThreads; ++i) local[i] = value;
+  __syncthreads();
+  float* end = local + last;
+  *end = value;
+  return local[kThreads / 2];
+}
 
 __global__ void reverse(const float* in, float* out, int fault) {
   DYNAMIC_SHARED(float, shared);
   SHARED_ARRAY(float, tail, kThreads);
   const int i = threadIdx.x;
+  if (fault == kPastALocalArray) {
+    out[i] = from_local_array(in[kThreads - 1 - i], kThreads);
+    return;
+  }
   if (fault == kReturnedLane && i == 40) return;
   if (fault != kUnwrittenTail || i < 50) tail[i] = in[i];
   if (fault != kNoBarrierDescending) __syncthreads();

@@ -1,22 +1,50 @@
 #include "scheduler.h"
 
-#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+// Frames of functions that leave their stack by a jump must have nothing poisoned around them.
+#define SWITCHES_STACKS __attribute__((noinline, no_sanitize_address))
+
 namespace cuda_on_cpu {
 
 namespace {
 constexpr int kWarp = 32;
-constexpr size_t kStackBytes = 64 * 1024;
 constexpr size_t kGuardUnits = 64;
 constexpr unsigned char kPoison = 0xff;  // NaN in every floating type
 constexpr unsigned char kGuard = 0xa5;
 
+// The address sanitizer is told before and after every change of stacks.
+#if defined(__SANITIZE_ADDRESS__)
+constexpr size_t kStackBytes = 256 * 1024;  // frames are larger with poison around their arrays
+void before_switch(const void* stack, size_t bytes) {
+  __sanitizer_start_switch_fiber(nullptr, stack, bytes);
+}
+void after_switch(const void** left = nullptr, size_t* bytes = nullptr) {
+  __sanitizer_finish_switch_fiber(nullptr, left, bytes);
+}
+#else
+constexpr size_t kStackBytes = 64 * 1024;
+void before_switch(const void*, size_t) {}
+void after_switch(const void** = nullptr, size_t* = nullptr) {}
+#endif
+
 struct Unwind {};  // leaves the kernel of a thread that is not to go on
+
+// Of __builtin_setjmp, which the address sanitizer leaves alone: longjmp would make it forget the poison of all frames.
+using Jump = void* [5];
+
+// A call, or the compiler takes it that nobody comes back to where __builtin_setjmp is.
+[[noreturn]] SWITCHES_STACKS void jump_to(Jump& jump) {
+  __builtin_longjmp(jump, 1);
+}
 }  // namespace
 
 struct Fiber {
@@ -24,7 +52,7 @@ struct Fiber {
   State state = State::kDone;
   Index index;
   ucontext_t context;
-  jmp_buf jump;
+  Jump jump;
   bool started = false;
   bool cancelled = false;
   std::unique_ptr<unsigned char[]> stack{new unsigned char[kStackBytes]};
@@ -37,8 +65,9 @@ struct Fiber {
 };
 
 struct Scheduler::MainContext {
-  ucontext_t context;
-  jmp_buf jump;
+  Jump jump;
+  const void* stack = nullptr;  // for the address sanitizer
+  size_t stack_bytes = 0;
 };
 
 Scheduler& scheduler() {
@@ -63,21 +92,28 @@ void Scheduler::check(bool good, const char* what) {
   throw Unwind();
 }
 
-// ucontext makes a stack to run on; later switches use setjmp, which makes no system call.
-void Scheduler::enter() {
+// ucontext makes a stack to run on; later switches are jumps, which make no system call.
+SWITCHES_STACKS void Scheduler::enter() {
   Scheduler& self = scheduler();
-  try {
-    (*self.kernel_)();
-  } catch (const Unwind&) {
-  }
+  after_switch(&self.main_->stack, &self.main_->stack_bytes);
+  self.run_thread();
   self.running_->state = Fiber::State::kDone;
-  _longjmp(self.main_->jump, 1);
+  before_switch(self.main_->stack, self.main_->stack_bytes);
+  jump_to(self.main_->jump);
 }
 
-void Scheduler::resume(Fiber& fiber) {
+void Scheduler::run_thread() {
+  try {
+    (*kernel_)();
+  } catch (const Unwind&) {
+  }
+}
+
+SWITCHES_STACKS void Scheduler::resume(Fiber& fiber) {
   running_ = &fiber;
-  if (_setjmp(main_->jump) == 0) {
-    if (fiber.started) _longjmp(fiber.jump, 1);
+  if (__builtin_setjmp(main_->jump) == 0) {
+    before_switch(fiber.stack.get(), kStackBytes);
+    if (fiber.started) jump_to(fiber.jump);
     fiber.started = true;
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
@@ -86,12 +122,21 @@ void Scheduler::resume(Fiber& fiber) {
     makecontext(&fiber.context, &Scheduler::enter, 0);
     setcontext(&fiber.context);
   }
+  after_switch();
   running_ = nullptr;
+}
+
+SWITCHES_STACKS void Scheduler::leave(Fiber& fiber) {
+  if (__builtin_setjmp(fiber.jump) == 0) {
+    before_switch(main_->stack, main_->stack_bytes);
+    jump_to(main_->jump);
+  }
+  after_switch();
 }
 
 void Scheduler::pause() {
   Fiber* fiber = running_;
-  if (_setjmp(fiber->jump) == 0) _longjmp(main_->jump, 1);
+  leave(*fiber);
   if (fiber->cancelled) throw Unwind();
 }
 

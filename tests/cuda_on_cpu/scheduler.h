@@ -55,7 +55,9 @@ class Scheduler {
 
   void run_block(const std::function<void()>& kernel);
   void resume(Fiber& fiber);
+  void leave(Fiber& fiber);
   void pause();
+  void run_thread();
   bool release_barrier();
   bool run_warp(int first, int count);
   bool release_warp(int first, int count);

@@ -4,7 +4,8 @@
     python tests/sanitize/run.py thread     # address, cuda or thread alone; more arguments go to pytest
 
 address: the CPU library under AddressSanitizer and UndefinedBehaviorSanitizer, on all instruction sets of this machine.
-cuda: the CUDA kernels, executed on the CPU, under both.
+cuda: the CUDA kernels, executed on the CPU, under both: the tests of each family (of the shared penalty all but the
+cases of many rows and of many features, which take longest), the shared cases of the pools, and drawn problems.
 thread: the CPU library under ThreadSanitizer, on threads that it understands (threads.cpp).
 """
 
@@ -25,7 +26,8 @@ from tree_copy import ROOT, Fault, TreeCopy  # noqa: E402
 ADDRESS = "-fsanitize=address,undefined"
 STRICT = "-fno-sanitize-recover=all"
 OPTIONS = {
-    "ASAN_OPTIONS": "detect_leaks=0",  # what Python and torch leave is theirs
+    # What Python and torch leave is theirs. Frames that outlive their function would need a second stack per fiber.
+    "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
     "UBSAN_OPTIONS": "print_stacktrace=1",
     "TSAN_OPTIONS": f"halt_on_error=1:suppressions={HERE / 'thread_suppressions.txt'}",
     "OMP_NUM_THREADS": "1",
@@ -80,6 +82,12 @@ KERNEL_WRITES_PAST_THE_TOKENS = Planted(
     "heap-buffer-overflow",
 )
 
+SHARED_KERNEL_WRITES_PAST_THE_ROWS = Planted(
+    Fault("csrc/cuda/gemm.cuh", "if (to_row >= args.rows) return;", "if (to_row > args.rows) return;"),
+    "tests/test_cuda_on_cpu_shared_penalty.py -k matrices and activation",
+    "heap-buffer-overflow",
+)
+
 KINDS = {
     "address": Kind(
         f"{ADDRESS} {STRICT}",
@@ -91,10 +99,14 @@ KINDS = {
     "cuda": Kind(
         "",
         ("libasan.so", "libubsan.so"),
-        (KERNEL_WRITES_PAST_THE_TOKENS,),
-        (("tests/test_cuda_on_cpu_attention_pool.py",), ("tests/test_gpu_kernels_on_shared_cases.py", "-k", "cuda")),
-        # Stacks are left out: the address sanitizer does not know fibers.
-        {"CUDA_ON_CPU_FLAGS": f"{ADDRESS} {STRICT} --param=asan-stack=0"},
+        (KERNEL_WRITES_PAST_THE_TOKENS, SHARED_KERNEL_WRITES_PAST_THE_ROWS),
+        (
+            ("tests/test_cuda_on_cpu_attention_pool.py",),
+            ("tests/test_cuda_on_cpu_shared_penalty.py", "-k", "not many"),
+            ("tests/test_gpu_kernels_on_shared_cases.py", "-k", "cuda"),
+            ("tests/test_fuzz_gpu_kernels.py", "-k", "cuda"),
+        ),
+        {"CUDA_ON_CPU_FLAGS": f"{ADDRESS} {STRICT}"},
     ),
     "thread": Kind(
         "-fsanitize=thread -DFUSEFEAT_BYTES_PER_WORKER=256",

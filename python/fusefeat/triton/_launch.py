@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,16 @@ from torch._subclasses.fake_tensor import FakeTensor
 from triton import knobs
 
 INTERPRETED: bool = knobs.runtime.interpret
+# The debug mode that the compiled kernels have too: what nobody writes shows.
+POISON = os.environ.get("FUSEFEAT_POISON") == "1"
+
+
+def new_empty(like: Tensor, shape: Sequence[int | torch.SymInt], dtype: torch.dtype | None = None) -> Tensor:
+    """As ``Tensor.new_empty``; with FUSEFEAT_POISON=1 full of NaN, or -1 in integers."""
+    tensor = like.new_empty(shape, dtype=dtype)
+    if POISON:
+        tensor.fill_(float("nan") if tensor.is_floating_point() else -1)
+    return tensor
 
 
 def opaque_operator(name: str) -> Callable[[Callable[..., Any]], Any]:

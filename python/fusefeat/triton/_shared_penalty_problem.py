@@ -14,6 +14,7 @@ from torch import Tensor
 from fusefeat.reference.attention_pool import acc_dtype
 from fusefeat.reference.shared_penalty import OPERAND_DTYPES
 from fusefeat.triton import _shared_penalty_tuning as tuning
+from fusefeat.triton._launch import new_empty
 from fusefeat.triton._shared_penalty_tuning import Tile, cdiv
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -54,7 +55,7 @@ class Problem:
     channels: int
 
     def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return self.input.new_empty(shape, dtype=dtype or self.acc)
+        return new_empty(self.input, shape, dtype or self.acc)
 
     @property
     def tf32(self) -> bool:

@@ -26,7 +26,7 @@ from fusefeat.triton._attention_pool_forward import (
     pool_offsets,
     pool_weights,
 )
-from fusefeat.triton._launch import triton_operator, wrap_triton
+from fusefeat.triton._launch import new_empty, triton_operator, wrap_triton
 
 # Programs along the tokens: enough to fill any chip, few enough that joining their pieces costs nothing.
 MAX_BLOCKS = 4096
@@ -100,10 +100,10 @@ class Pool:
         return table.pick(channels, self.queries, self.acc == torch.float64)
 
     def new(self, *shape: int) -> Tensor:
-        return self.x.new_empty(shape, dtype=self.acc)
+        return new_empty(self.x, shape, self.acc)
 
     def new_lse(self, *shape: int | torch.SymInt) -> Tensor:
-        return self.x.new_empty(shape, dtype=torch.float64)
+        return new_empty(self.x, shape, torch.float64)
 
 
 def _cdiv(a: int, b: int) -> int:
@@ -225,7 +225,7 @@ def _forward(
     if pool.split:
         carry_out = pool.new(pool.blocks, pool.queries, pool.channels)
         carry_lse = pool.new_lse(2, pool.blocks, pool.queries)
-        owner = pool.x.new_empty(pool.blocks, dtype=torch.int64)
+        owner = new_empty(pool.x, (pool.blocks,), torch.int64)
     store_raw = need_weights and query is not None
     wrap_triton(pool_forward)[(tiles * _cdiv(pool.queries, config.block_k), pool.blocks)](
         *pool.x_args(),
@@ -284,8 +284,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """grad_x, grad_scores and the per-block parts of grad_query; [0] for those not needed."""
     _check_backward(pool, grad_out, grad_weights, out, lse, weights)
-    grad_x = pool.x.new_empty(pool.x.shape if need_x else (0,))
-    grad_scores = pool.unused if scores is None or not need_scores else scores.new_empty(scores.shape)
+    grad_x = new_empty(pool.x, pool.x.shape if need_x else (0,))
+    grad_scores = pool.unused if scores is None or not need_scores else new_empty(scores, scores.shape)
     partials = pool.new(pool.blocks, pool.queries, pool.channels) if need_query else pool.unused
     needs_ds = need_scores or query is not None
     config = pool.config(tuning.BACKWARD)
@@ -375,7 +375,7 @@ def attention_pool_backward(
     )  # fmt: skip
     if not need_grad_query:
         return grad_x, no_query
-    grad_query = query.new_empty(query.shape)
+    grad_query = new_empty(query, query.shape)
     width = pool.queries * pool.channels
     wrap_triton(sum_partials)[(max(_cdiv(width, 64), 1),)](
         partials, grad_query, pool.blocks, width, BLOCK_S=64, BLOCK_D=64, num_warps=8
