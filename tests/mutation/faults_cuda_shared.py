@@ -5,11 +5,12 @@ from __future__ import annotations
 from .table import rows
 
 FILE = "tests/test_cuda_on_cpu_shared_penalty.py"
-STATISTICS = f"{FILE} -k statistics_and"
-UNREAD = f"{FILE} -k weight_zero"
+STATISTICS = f"{FILE} -k statistics_and and float64"  # in the most chunks
+VECTORS = f"{FILE} -k statistics_and and bfloat16"  # rows of whole vectors
+UNREAD = f"{FILE} -k weight_zero and float64"
 TIES = f"{FILE} -k ties_give"
-MATRICES = f"{FILE} -k matrices"
-KEPT = f"{FILE} -k kept"
+MATRICES = f"{FILE} -k matrices and float64"
+KEPT = f"{FILE} -k kept and float32"
 
 PRODUCTS = [
     *rows(
@@ -44,12 +45,13 @@ PRODUCTS = [
             "second half of a pair from the wrong column",
             "= (one[i] & 0xffffu) | two[i] << 16;",
             "= (one[i] & 0xffffu) | (two[i] & 0xffff0000u);",
+            VECTORS,
         ),
         (
             "operands not rounded to float16",
             "if (matrix.operand != 0) {",
             "if (matrix.operand == 1) {",
-            f"{FILE} -k rounded",
+            f"{FILE} -k rounded and float32",
         ),
     ),
     *rows(
@@ -73,7 +75,7 @@ ROWS = rows(
         "end of the last segment",
         "end(begin + plan.length < chunk.features ? begin + plan.length : chunk.features)",
         "end(begin + plan.length)",
-        f"{FILE} -k many and features",
+        f"{FILE} -k many and features and float32",
     ),
     ("margin not subtracted", "A(0) : value - args.margin;", "A(0) : value;"),
     (
@@ -116,7 +118,7 @@ COLUMNS = rows(
     ),
     ("no term of log P", "(terms.log_scale * log_p + terms.offset)", "terms.offset"),
     ("barrier of the column sums", "shared[threadIdx.x] = value;\n  __syncthreads();", "shared[threadIdx.x] = value;"),
-    ("columns behind the last not cleared", "if (at.feature >= args.dz_stride) break;", "if (!inside) break;"),
+    ("columns behind the last not cleared", "if (at.feature >= args.dz_stride) break;", "if (!inside) break;", VECTORS),
 )
 
 OUTPUTS = rows(
@@ -134,7 +136,7 @@ OUTPUTS = rows(
         "an unused row meets an infinite weight",
         "is_used<A>(row_weight, row) ? sum : A(0);",
         "sum;",
-        f"{FILE} -k infinite_weights",
+        f"{FILE} -k infinite_weights and float32",
     ),
     ("first chunk overwritten", "if (!sum.first) value += static_cast<const A*>(sum.sum)[at];", ""),
     (
@@ -147,7 +149,7 @@ OUTPUTS = rows(
 HOST = [
     *rows(
         "csrc/cuda/shared_problem.cu",
-        f"{FILE} -k strides or expanded",
+        f"{FILE} -k test_strides and float32",
         (
             "stride of a vector",
             "scalar_of(tensor->scalar_type()), tensor->stride(0), count,",
