@@ -94,6 +94,7 @@ HOST = [
             "prob_sum of the last chunk only",
             "sum_parts(parts, self.prob_sum, add=chunk.begin > 0)",
             "sum_parts(parts, self.prob_sum)",
+            KEPT,
         ),
     ),
     *rows(
