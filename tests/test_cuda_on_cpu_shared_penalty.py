@@ -16,10 +16,7 @@ import shared_calls
 import shared_cases
 import torch
 from cuda_on_cpu.build import NAMESPACE
-from cuda_on_cpu.kernels import in_both_orders, kernel_library, poisoned_memory  # noqa: F401 (fixtures)
-from fusefeat import backends
-from fusefeat.ops import clamped_reg as clamp_operators
-from fusefeat.ops import shared_penalty as operators
+from cuda_on_cpu.kernels import cuda_backend, in_both_orders, kernel_library, poisoned_memory  # noqa: F401 (fixtures)
 from fusefeat.reference import clamped_reg as clamp_reference
 from fusefeat.reference import shared_penalty as reference
 from shared_calls import INF, NAMES, NAN, STATISTICS, TOLERANCE, Call, check, error, expect, incoming, make, strided
@@ -360,29 +357,13 @@ def test_wrong_arguments(ops: Ops) -> None:
         shared_calls.run(ops, call, [None, torch.randn(4), None, None])
 
 
-@pytest.fixture(scope="session")
-def cuda_operators(library: ctypes.CDLL) -> list[tuple[Any, dict[str, Any]]]:
-    class Overloads:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(getattr(torch.ops, NAMESPACE), name).default
-
-    return [(module, module._operators(Overloads())) for module in (operators, clamp_operators)]
-
-
-@pytest.fixture
-def as_cpu_backend(cuda_operators: list[tuple[Any, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, found in cuda_operators:
-        monkeypatch.setattr(module, "_NATIVE", found)
-    monkeypatch.setattr(backends, "_cpu_unavailable", lambda: None)
-
-
 @each_dtype
 @pytest.mark.parametrize("name", shared_cases.CASES)
-@pytest.mark.usefixtures("as_cpu_backend")
+@pytest.mark.usefixtures("cuda_backend")
 def test_shared_cases(name: str, dtype: torch.dtype) -> None:
     inputs = shared_cases.CASES[name](dtype)
-    shared_cases.compare_objective(fusefeat.shared_objective, inputs, "cpu")
-    shared_cases.compare_reg(fusefeat.clamped_reg, inputs, "cpu")
+    shared_cases.compare_objective(fusefeat.shared_objective, inputs, "cuda")
+    shared_cases.compare_reg(fusefeat.clamped_reg, inputs, "cuda")
     if "garbage" not in name:
-        shared_cases.compare_matrix(fusefeat.shared_assignment, inputs, "cpu")
-        shared_cases.compare_matrix(fusefeat.clamped_activation, inputs, "cpu")
+        shared_cases.compare_matrix(fusefeat.shared_assignment, inputs, "cuda")
+        shared_cases.compare_matrix(fusefeat.clamped_activation, inputs, "cuda")

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import fcntl
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from fusefeat import backends
+from fusefeat.ops import attention_pool, clamped_reg, shared_penalty
 from torch import Tensor
 
-from .build import ROOT, build, compiler
+from .build import NAMESPACE, ROOT, build, compiler
 
 SOURCES = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ROOT / "csrc" / "schema.cpp"]
 
@@ -69,3 +73,44 @@ def in_both_orders(library: ctypes.CDLL, call: Callable[[], Sequence[Tensor]]) -
     for a, b in zip(first, second, strict=True):
         assert torch.equal(bits(a), bits(b))
     return first
+
+
+class _Overloads:
+    def __getattr__(self, name: str) -> Any:
+        return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+@functools.cache
+def _operators(config: pytest.Config) -> list[tuple[Any, dict[str, Any]]]:
+    """Each family's module, and its differentiable operators on these kernels, in both orders."""
+    library, overloads = load_kernels(config), _Overloads()
+
+    def checked(operator: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            return in_both_orders(library, lambda: _results(operator(*args)))
+
+        return call
+
+    def wrapped(operators: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: dataclasses.replace(one, forward=checked(one.forward), backward=checked(one.backward))
+            for name, one in operators.items()
+        }
+
+    return [
+        (attention_pool, wrapped(attention_pool._pools(overloads))),
+        (shared_penalty, wrapped(shared_penalty._operators(overloads))),
+        (clamped_reg, wrapped(clamped_reg._operators(overloads))),
+    ]
+
+
+def _results(results: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
+    return [results] if isinstance(results, Tensor) else results
+
+
+@pytest.fixture
+def cuda_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``backend="cuda"`` of the public functions is these kernels, on CPU tensors."""
+    for module, operators in _operators(request.config):
+        monkeypatch.setitem(module._LOADED, "cuda", operators)
+    monkeypatch.setitem(backends.BACKENDS, "cuda", backends.Backend("cuda", ("cpu",), lambda: None))

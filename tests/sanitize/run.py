@@ -80,6 +80,12 @@ KERNEL_WRITES_PAST_THE_TOKENS = Planted(
     "heap-buffer-overflow",
 )
 
+SHARED_KERNEL_WRITES_PAST_THE_ROWS = Planted(
+    Fault("csrc/cuda/gemm.cuh", "if (to_row >= args.rows) return;", "if (to_row > args.rows) return;"),
+    "tests/test_cuda_on_cpu_shared_penalty.py -k matrices and activation",
+    "heap-buffer-overflow",
+)
+
 KINDS = {
     "address": Kind(
         f"{ADDRESS} {STRICT}",
@@ -91,8 +97,13 @@ KINDS = {
     "cuda": Kind(
         "",
         ("libasan.so", "libubsan.so"),
-        (KERNEL_WRITES_PAST_THE_TOKENS,),
-        (("tests/test_cuda_on_cpu_attention_pool.py",), ("tests/test_gpu_kernels_on_shared_cases.py", "-k", "cuda")),
+        (KERNEL_WRITES_PAST_THE_TOKENS, SHARED_KERNEL_WRITES_PAST_THE_ROWS),
+        (
+            ("tests/test_cuda_on_cpu_attention_pool.py",),
+            ("tests/test_cuda_on_cpu_shared_penalty.py",),
+            ("tests/test_gpu_kernels_on_shared_cases.py", "-k", "cuda"),
+            ("tests/test_fuzz_gpu_kernels.py", "-k", "cuda"),
+        ),
         # Stacks are left out: the address sanitizer does not know fibers.
         {"CUDA_ON_CPU_FLAGS": f"{ADDRESS} {STRICT} --param=asan-stack=0"},
     ),
