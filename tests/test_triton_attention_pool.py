@@ -169,6 +169,13 @@ def test_long_bag_beside_short_ones(given_scores, queries):
 
 
 @both_pools
+def test_more_pieces_than_are_joined_at_a_time(given_scores, monkeypatch):
+    monkeypatch.setattr(operators, "MIN_BLOCK_ITEMS", 16)
+    x, minor = tokens_and_minor(given_scores, (1200,), 8, None)
+    check(x, minor, given_scores=given_scores, cu_seqlens=offsets(3, 1190, 7))
+
+
+@both_pools
 def test_many_short_bags(given_scores):
     lengths = torch.arange(70) % 4
     x, minor = tokens_and_minor(given_scores, (int(lengths.sum()),), 16, 2)

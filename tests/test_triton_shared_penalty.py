@@ -89,6 +89,15 @@ def test_many_chunks(dtype: torch.dtype) -> None:
     shared_cases.compare_matrix(fusefeat.clamped_activation, inputs, "triton")
 
 
+@pytest.mark.parametrize(("rows", "features"), [(3, 1100), (560, 3)])
+def test_many_tiles(rows: int, features: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More tiles than their sums take at a time, with the largest logits in the last of them."""
+    monkeypatch.setattr(tuning, "_interpreted", lambda rows, features: tuning.Tile(16, 16, 16, 1, 1))
+    rising = torch.linspace(0, 4, features)
+    inputs = shared_cases.Inputs(torch.randn(rows, 5), torch.randn(features, 5), bias=rising, margin=0.7)
+    shared_cases.compare_objective(fusefeat.shared_objective, inputs, "triton")
+
+
 @pytest.mark.parametrize("block", [16, 128])
 def test_chunks_cover_all_rows_within_their_bound(block: int) -> None:
     for rows, row_bytes, kept, cut in itertools.product(
@@ -158,6 +167,8 @@ def test_kept_rows(dtype: torch.dtype, chunked: bool, request: pytest.FixtureReq
         for got, other in zip((*found[0][:5], *found[1]), (*want[0][:5], *want[1]), strict=True):
             loose = {"rtol": 1e-5, "atol": 1e-5} if got.dtype.itemsize > 2 else {"rtol": 2e-2, "atol": 2e-2}
             torch.testing.assert_close(got, other, **loose)
+    again = operators.shared_penalty_backward(*grads, *args, found[0][0], found[0][1], found[0][5], [True] * 5)
+    assert all(torch.equal(one, other) for one, other in zip(again, found[1], strict=True))
 
 
 @pytest.mark.parametrize("operand", [1, 2])
