@@ -226,9 +226,9 @@ def bfloat16_borders() -> Iterator[Call]:
             yield padded(2, t, d, k, torch.bfloat16)
     yield packed((4095, 4096, 4097, 1, 0, 9001), 16, 2, torch.bfloat16)
     yield padded(2, 300, 64, 1025, torch.bfloat16)  # too many vectors for a cache
-    unrounded = padded(2, 40, 40, 3, torch.bfloat16)
-    unrounded.grads = rand(2, 3, 40), rand(2, 40, 3)
-    yield unrounded
+    infinite = padded(2, 3, 40, None, torch.bfloat16)  # times the 0 of a row that is not there it would be NaN
+    infinite.x[0, 2, 5], infinite.kinds = INF, ("softmax_pool",)
+    yield infinite
 
 
 def unusual() -> Iterator[Call]:
@@ -242,6 +242,15 @@ def unusual() -> Iterator[Call]:
 @pytest.mark.parametrize("make", [borders, bfloat16_borders, unusual])
 def test_every_element_is_written_and_right(isa: str, poisoned: None, make: Maker) -> None:
     check_all(make)
+
+
+def test_gradients_that_are_no_bfloat16_are_not_rounded_to_it(isa: str) -> None:
+    call = padded(2, 40, 40, 3, torch.bfloat16)
+    call.grads = rand(2, 3, 40), rand(2, 40, 3)
+    got, want = run(call, "attention_pool"), expect(call, "attention_pool")
+    for name in ("grad_x", "grad_other"):
+        beyond = (got[name].double() - want[name]).abs() - want[name].abs() * torch.finfo(torch.bfloat16).eps / 2
+        assert rms(beyond.clamp(min=0)) <= 2e-5 * rms(want[name]), name
 
 
 def test_nothing_is_made_that_is_not_asked_for(isa: str) -> None:

@@ -117,14 +117,14 @@ class TreeCopy:
                 os.replace(f"{path}.clean", path)
 
     def _objects_of(self, file: str, isa: str) -> list[Path]:
-        """The objects compiled from a file; of those for one instruction set only those for this one."""
+        """The objects compiled from a file; of those for instruction sets only those for this one and more."""
         listing = self._ninja("-t", "deps")
         objects = []
         for entry in listing.strip().split("\n\n"):
             head, *dependencies = entry.splitlines()
             name = head.partition(":")[0]
             used = any(os.path.samefile(self.tree / file, path.strip()) for path in dependencies if file in path)
-            if used and ("/vec_" not in name or f"vec_{isa}.dir" in name) and "_C.dir" not in name:
+            if used and ("/vec_" not in name or f"vec_{isa}" in name) and "_C.dir" not in name:
                 objects.append(self.build_folder / name)
         assert objects, f"nothing is compiled from {file} for {isa}"
         return objects

@@ -28,7 +28,7 @@ from tree_copy import ROOT, TreeCopy  # noqa: E402
 
 from mutation.table import Row  # noqa: E402
 
-TABLES = ("cpu_pools", "cpu_shared", "cuda", "cuda_shared", "triton", "triton_shared", "python")
+TABLES = ("cpu_pools", "cpu_pairs", "cpu_shared", "cuda", "cuda_shared", "triton", "triton_shared", "python")
 PYTEST = ("-x", "-q", "--no-header")
 PRELOADED = ("torch", "triton", "triton.language", "numpy", "pytest", "_pytest.assertion.rewrite")
 Runner = Callable[[TreeCopy, list[str], dict[str, str]], tuple[int, str]]
