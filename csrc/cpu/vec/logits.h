@@ -6,13 +6,6 @@
 namespace fusefeat {
 namespace {
 
-// The lower bound lets 0 * x be 0 where x stands for -inf; NaN passes.
-template <typename A>
-inline VecOf<A> bounded_below(VecOf<A> x) {
-  const VecOf<A> low = splat<A>(static_cast<A>(-1e30));
-  return x < low ? low : x;
-}
-
 inline int64_t min_of(int64_t a, int64_t b) {
   return a < b ? a : b;
 }

@@ -72,7 +72,7 @@ struct Dots {
 };
 
 // Per lane: sums over the features of P t, P g and P, of logits, where dz = P (t - mean of t).
-template <typename A>
+template <typename A, bool kPairs>
 inline void logits_dots(
     const SharedBackwardArgs& args, int64_t strip, int64_t begin, int64_t features, Tile<A> z, Dots<A> dots) {
   constexpr int lanes = kLanes<A>;
@@ -86,7 +86,7 @@ inline void logits_dots(
 #pragma GCC unroll 2
     for (int j = 0; j < 2; ++j) {
       const VecOf<A> log_p = bounded_below<A>(load(z.data + f * z.stride + j * lanes) - lse.v[j]);
-      const VecOf<A> p = exp_nonpositive<A>(log_p);
+      const VecOf<A> p = exp_bounded<A, kPairs>(log_p);
       const VecOf<A> t = fma(prob_scale.v[j], g, fma(log_scale.v[j], log_p, offset.v[j]));
       terms[j] += p == 0 ? VecOf<A>{} : p * t;
       products[j] += p == 0 ? VecOf<A>{} : p * g;
@@ -138,7 +138,7 @@ void logits_task(const SharedBackwardArgs& args, int64_t block, int64_t group, v
     // By way of a tile in cache: stores that miss hold up the products.
     for (int64_t i = 0; i < features * kStrip<A>; i += kLanes<A>) store(tile + i, load(z + i));
     if (last && args.dots != nullptr) {
-      logits_dots<A>(args, s, begin, features, {z, kStrip<A>}, Dots<A>(args, block, s));
+      logits_dots<A, kPairs>(args, s, begin, features, {z, kStrip<A>}, Dots<A>(args, block, s));
     }
   }
 }
@@ -154,7 +154,7 @@ void dots_task(const SharedBackwardArgs& args, int64_t block, int64_t group, voi
     if (args.kind == Gradient::assignment) {
       matrix_dots<A>(args, s, begin, features, static_cast<A*>(scratch), to.of_grads);
     } else {
-      logits_dots<A>(args, s, begin, features, logits_of<A>(args, s, begin, features, static_cast<A*>(scratch)), to);
+      logits_dots<A, kPairs>(args, s, begin, features, logits_of<A>(args, s, begin, features, static_cast<A*>(scratch)), to);
     }
   }
 }
@@ -184,7 +184,7 @@ void combine_dots(const SharedBackwardArgs& args, int64_t strip) {
 }
 
 // The gradient of the logits times margin, of one strip.
-template <typename A>
+template <typename A, bool kPairs>
 inline void logit_gradient(
     const SharedBackwardArgs& args, int64_t strip, int64_t begin, int64_t features, A* scratch, A* to) {
   constexpr int lanes = kLanes<A>;
@@ -235,7 +235,7 @@ inline void logit_gradient(
     for (int j = 0; j < 2; ++j) {
       const VecOf<A> v = load(z.data + f * z.stride + j * lanes);
       const VecOf<A> log_p = bounded_below<A>(v - lse.v[j]);
-      const VecOf<A> p = exp_nonpositive<A>(log_p);
+      const VecOf<A> p = exp_bounded<A, kPairs>(log_p);
       const VecOf<A> t = fma(prob_scale.v[j], g, fma(log_scale.v[j], log_p, offset.v[j]));
       VecOf<A> d = p == 0 ? VecOf<A>{} : p * t;
       if (args.row_excess_grad != nullptr) d += v > margin ? excess.v[j] : VecOf<A>{};
@@ -356,7 +356,7 @@ void gradient_task(const SharedBackwardArgs& args, int64_t part, int64_t sum, vo
       for (int64_t i = 0; with_bias && i < features * kLanes<A>; i += kLanes<A>) store(bias_sums + i, VecOf<A>{});
       for (int64_t s = begin_strip; s < end_strip; ++s) {
         A* to = kPairs ? dz : tiles.strip_by_row(s - begin_strip);
-        logit_gradient<A>(args, s, begin, features, staging, to);
+        logit_gradient<A, kPairs>(args, s, begin, features, staging, to);
         clear_lanes<A>(to, features, rows_of_strip<A>(args.chunk, s));
         for (int64_t f = 0; with_bias && f < features; ++f) {
           const VecOf<A> both = load(to + f * strip) + load(to + f * strip + kLanes<A>);

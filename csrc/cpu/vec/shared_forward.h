@@ -28,7 +28,7 @@ inline void clamp_statistics(
 }
 
 // Per lane: peak, sum of e = exp(z - peak), sum of e (z - peak); e goes to `e`.
-template <typename A>
+template <typename A, bool kPairs>
 inline void block_statistics(const A* z, int64_t features, A* e, A* peak, A* sum, A* dot) {
   constexpr int lanes = kLanes<A>;
   VecOf<A> peak0 = splat<A>(-kInfinity<A>), peak1 = peak0;
@@ -46,7 +46,7 @@ inline void block_statistics(const A* z, int64_t features, A* e, A* peak, A* sum
   for (int64_t f = 0; f < features; ++f) {
     const VecOf<A> d0 = bounded_below<A>(load(z + f * kStrip<A>) - shift0);
     const VecOf<A> d1 = bounded_below<A>(load(z + f * kStrip<A> + lanes) - shift1);
-    const VecOf<A> e0 = exp_nonpositive<A>(d0), e1 = exp_nonpositive<A>(d1);
+    const VecOf<A> e0 = exp_bounded<A, kPairs>(d0), e1 = exp_bounded<A, kPairs>(d1);
     store(e + f * kStrip<A>, e0);
     store(e + f * kStrip<A> + lanes, e1);
     sum0 += e0;
@@ -131,7 +131,7 @@ void forward_task(const SharedForwardArgs& args, int64_t block, int64_t group, v
       clamp_statistics<A>(z, features, margin, valid, static_cast<A*>(args.excess) + lane, fired);
     }
     if (args.peak != nullptr) {
-      block_statistics<A>(
+      block_statistics<A, kPairs>(
           z, features, tile, static_cast<A*>(args.peak) + lane, static_cast<A*>(args.sum) + lane,
           static_cast<A*>(args.dot) + lane);
       clear_lanes<A>(tile, features, rows_of_strip<A>(args.chunk, s));
@@ -170,7 +170,7 @@ void combine_strip(const SharedForwardArgs& args, int64_t strip) {
     for (int64_t b = 0; b < blocks; ++b) {
       const VecOf<A> block_peak = load(peaks + b * step);
       const VecOf<A> shift = block_peak == -kInfinity<A> ? VecOf<A>{} : block_peak - peak;
-      const VecOf<A> factor = exp_nonpositive<A>(shift);
+      const VecOf<A> factor = exp_bounded<A>(bounded_below<A>(shift));
       const VecOf<A> block_sum = load(static_cast<const A*>(args.sum) + b * step + lane);
       const VecOf<A> block_dot = load(static_cast<const A*>(args.dot) + b * step + lane);
       sum = fma(factor, block_sum, sum);
@@ -185,7 +185,7 @@ void combine_strip(const SharedForwardArgs& args, int64_t strip) {
     store(static_cast<A*>(args.row_lse) + row, lse);
     store(static_cast<A*>(args.row_entropy) + row, log_sum - dot / sum);
     for (int64_t b = 0; b < blocks; ++b) {
-      const VecOf<A> scale = weight * exp_nonpositive<A>(load(peaks + b * step) - peak) / sum;
+      const VecOf<A> scale = weight * exp_bounded<A>(bounded_below<A>(load(peaks + b * step) - peak)) / sum;
       store(peaks + b * step, weight == 0 ? VecOf<A>{} : scale);  // lanes without a row
     }
   }
