@@ -124,6 +124,7 @@ void run_chunks(
   args.packed = packed.get();
   args.packed_rows = packed_rows.get();
   args.tile = tile.get();
+  args.kept_type = wishes.kept_type;
   args.kept_rows = wishes.kept_rows;
   args.dots = dots.get();
   args.grad_prob_sum = wishes.grad_prob_sum;

@@ -37,6 +37,7 @@ void run_forward(const SharedProblem& problem, const ForwardWishes& wishes) {
   args.excess = excess.get();
   args.fired = reinterpret_cast<int32_t*>(fired.get());
   args.kept = wishes.kept;
+  args.kept_type = wishes.kept_type;
   args.kept_rows = wishes.kept_rows;
   args.row_excess = wishes.row_excess == nullptr ? nullptr : wishes.row_excess->get();
   args.prob_sum = wishes.prob_sum;

@@ -46,7 +46,8 @@ struct SharedForwardArgs {
   void* dot;
   void* excess;    // or null
   int32_t* fired;  // [groups of the chunk][features], or null
-  void* kept;      // acc, logits of the first rows in strips of 128 bytes: [rows / 32][features][32] in float
+  void* kept;      // logits of the first rows, in strips that are 128 bytes wide in acc: [rows / 32][features][32]
+  Scalar kept_type;  // acc or bf16
   int64_t kept_rows;
   // acc [rows], padded to whole strips
   const void* row_weight;
@@ -70,6 +71,7 @@ struct SharedBackwardArgs {
   const void* packed_rows;  // [channels / strip][rows of the chunk][strip]
   void* tile;               // logits of the chunk, unless kept
   const void* kept;         // logits of the first kept_rows rows as the forward left them; null: in tile
+  Scalar kept_type;
   int64_t kept_rows;
   void* dots;                 // three sums per feature block and lane, over the probabilities; or null
   const void* grad_prob_sum;  // acc [features], or null

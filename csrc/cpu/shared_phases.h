@@ -51,6 +51,7 @@ struct ForwardWishes {
   void* prob_sum = nullptr;
   int64_t* fired = nullptr;
   void* kept = nullptr;
+  Scalar kept_type = Scalar::f32;
   int64_t kept_rows = 0;
   const Tensor* matrix = nullptr;
   bool softmax = false;  // what the matrix is: probabilities, or clamped logits
@@ -65,6 +66,7 @@ struct BackwardWishes {
   const void* grad_prob_sum = nullptr;
   const Tensor *grad = nullptr, *assignment = nullptr;
   const void* kept = nullptr;
+  Scalar kept_type = Scalar::f32;
   int64_t kept_rows = 0;
   // Outputs, or null.
   const Tensor *grad_context = nullptr, *grad_input = nullptr, *grad_weight = nullptr, *grad_bias = nullptr;

@@ -76,6 +76,15 @@ struct KeptStrip {
   }
 };
 
+// Calls body with a typed pointer to element `offset` of kept logits.
+template <typename A, typename Body>
+inline void with_kept(Scalar type, void* kept, int64_t offset, const Body& body) {
+  if constexpr (sizeof(A) == sizeof(float)) {
+    if (type == Scalar::bf16) return body(static_cast<BFloat16*>(kept) + offset);
+  }
+  body(static_cast<A*>(kept) + offset);
+}
+
 // -1 in the lanes of a strip that hold a row.
 template <typename A>
 inline void valid_lanes(int64_t rows, IntOf<A> (&valid)[2]) {

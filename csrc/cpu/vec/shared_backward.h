@@ -23,32 +23,35 @@ struct Lanes {
 };
 
 // A tile of logits (or of probabilities) of one strip, rows of it `stride` apart.
-template <typename A>
+template <typename T>
 struct Tile {
-  const A* data;
+  const T* data;
   int64_t stride;
 };
 
-// Kept rows that do not fill their strip are copied to `scratch`.
-template <typename A>
-inline Tile<A> logits_of(const SharedBackwardArgs& args, int64_t strip, int64_t begin, int64_t features, A* scratch) {
+// Calls body with the tile of logits. Kept rows that do not fill their strip are copied to `scratch`.
+template <typename A, typename Body>
+inline void with_logits(
+    const SharedBackwardArgs& args, int64_t strip, int64_t begin, int64_t features, A* scratch, const Body& body) {
   constexpr int width = kStrip<A>, lanes = kLanes<A>;
   if (args.kept == nullptr) {
-    return {static_cast<const A*>(args.tile) + (strip * args.logits.features + begin) * width, width};
+    const A* tile = static_cast<const A*>(args.tile) + (strip * args.logits.features + begin) * width;
+    return body(Tile<A>{tile, width});
   }
   const KeptStrip<A> at(args.logits.features, args.kept_rows, args.chunk.begin + strip * width, begin);
-  const A* kept = static_cast<const A*>(args.kept) + at.offset;
   const int64_t rows = rows_of_strip<A>(args.chunk, strip);
-  if (rows == width) return {kept, at.width};
-  for (int64_t f = 0; f < features; ++f) {
-    for (int j = 0; j < 2; ++j) {
-      const int64_t left = rows - j * lanes;
-      const A* from = kept + f * at.width + j * lanes;
-      const VecOf<A> v = left >= lanes ? load(from) : left > 0 ? load_part(from, static_cast<int>(left)) : VecOf<A>{};
-      store(scratch + f * width + j * lanes, v);
+  with_kept<A>(args.kept_type, const_cast<void*>(args.kept), at.offset, [&]<typename T>(const T* kept) {
+    if (rows == width) return body(Tile<T>{kept, at.width});
+    for (int64_t f = 0; f < features; ++f) {
+      for (int j = 0; j < 2; ++j) {
+        const int64_t left = rows - j * lanes;
+        const T* from = kept + f * at.width + j * lanes;
+        const VecOf<A> v = left >= lanes ? load(from) : left > 0 ? load_part(from, static_cast<int>(left)) : VecOf<A>{};
+        store(scratch + f * width + j * lanes, v);
+      }
     }
-  }
-  return {scratch, width};
+    body(Tile<A>{scratch, width});
+  });
 }
 
 template <typename A>
@@ -72,9 +75,9 @@ struct Dots {
 };
 
 // Per lane: sums over the features of P t, P g and P, of logits, where dz = P (t - mean of t).
-template <typename A, bool kPairs>
+template <typename A, bool kPairs, typename T>
 inline void logits_dots(
-    const SharedBackwardArgs& args, int64_t strip, int64_t begin, int64_t features, Tile<A> z, Dots<A> dots) {
+    const SharedBackwardArgs& args, int64_t strip, int64_t begin, int64_t features, Tile<T> z, Dots<A> dots) {
   constexpr int lanes = kLanes<A>;
   const int64_t row = args.chunk.begin + strip * kStrip<A>;
   const Lanes<A> lse(args.row_lse, row), log_scale(args.row_log_scale, row), offset(args.row_offset, row);
@@ -138,7 +141,7 @@ void logits_task(const SharedBackwardArgs& args, int64_t block, int64_t group, v
     // By way of a tile in cache: stores that miss hold up the products.
     for (int64_t i = 0; i < features * kStrip<A>; i += kLanes<A>) store(tile + i, load(z + i));
     if (last && args.dots != nullptr) {
-      logits_dots<A, kPairs>(args, s, begin, features, {z, kStrip<A>}, Dots<A>(args, block, s));
+      logits_dots<A, kPairs>(args, s, begin, features, Tile<A>{z, kStrip<A>}, Dots<A>(args, block, s));
     }
   }
 }
@@ -154,7 +157,9 @@ void dots_task(const SharedBackwardArgs& args, int64_t block, int64_t group, voi
     if (args.kind == Gradient::assignment) {
       matrix_dots<A>(args, s, begin, features, static_cast<A*>(scratch), to.of_grads);
     } else {
-      logits_dots<A, kPairs>(args, s, begin, features, logits_of<A>(args, s, begin, features, static_cast<A*>(scratch)), to);
+      with_logits<A>(args, s, begin, features, static_cast<A*>(scratch), [&](auto z) {
+        logits_dots<A, kPairs>(args, s, begin, features, z, to);
+      });
     }
   }
 }
@@ -183,30 +188,13 @@ void combine_dots(const SharedBackwardArgs& args, int64_t strip) {
   }
 }
 
-// The gradient of the logits times margin, of one strip.
-template <typename A, bool kPairs>
-inline void logit_gradient(
-    const SharedBackwardArgs& args, int64_t strip, int64_t begin, int64_t features, A* scratch, A* to) {
+// The gradient of the logits times margin, of one strip, from given logits; `grads` for activation.
+template <typename A, bool kPairs, typename T>
+inline void gradient_from_logits(
+    const SharedBackwardArgs& args, int64_t strip, int64_t begin, int64_t features, Tile<T> z, const A* grads, A* to) {
   constexpr int lanes = kLanes<A>;
   const int64_t row = args.chunk.begin + strip * kStrip<A>;
   const A margin = static_cast<A>(args.logits.margin);
-  A* grads = scratch + features * kStrip<A>;
-  if (args.kind == Gradient::assignment || args.kind == Gradient::activation) {
-    matrix_block<A>(args, args.grad, strip, begin, features, grads);
-  }
-  if (args.kind == Gradient::assignment) {
-    matrix_block<A>(args, args.assignment, strip, begin, features, scratch);
-    const Lanes<A> offset(args.row_offset, row), scale(args.row_prob_scale, row);
-    for (int64_t i = 0; i < features * kStrip<A>; i += kStrip<A>) {
-      for (int j = 0; j < 2; ++j) {
-        const VecOf<A> p = load(scratch + i + j * lanes);
-        const VecOf<A> d = p * fma(scale.v[j], load(grads + i + j * lanes), offset.v[j]);
-        store(to + i + j * lanes, p == 0 ? VecOf<A>{} : d);
-      }
-    }
-    return;
-  }
-  const Tile<A> z = logits_of<A>(args, strip, begin, features, scratch);
   if (args.kind == Gradient::activation) {
     for (int64_t f = 0; f < features; ++f) {
       for (int j = 0; j < 2; ++j) {
@@ -242,6 +230,33 @@ inline void logit_gradient(
       store(to + f * kStrip<A> + j * lanes, d);
     }
   }
+}
+
+// The same from whatever there is.
+template <typename A, bool kPairs>
+inline void logit_gradient(
+    const SharedBackwardArgs& args, int64_t strip, int64_t begin, int64_t features, A* scratch, A* to) {
+  constexpr int lanes = kLanes<A>;
+  A* grads = scratch + features * kStrip<A>;
+  if (args.kind == Gradient::assignment || args.kind == Gradient::activation) {
+    matrix_block<A>(args, args.grad, strip, begin, features, grads);
+  }
+  if (args.kind == Gradient::assignment) {
+    matrix_block<A>(args, args.assignment, strip, begin, features, scratch);
+    const int64_t row = args.chunk.begin + strip * kStrip<A>;
+    const Lanes<A> offset(args.row_offset, row), scale(args.row_prob_scale, row);
+    for (int64_t i = 0; i < features * kStrip<A>; i += kStrip<A>) {
+      for (int j = 0; j < 2; ++j) {
+        const VecOf<A> p = load(scratch + i + j * lanes);
+        const VecOf<A> d = p * fma(scale.v[j], load(grads + i + j * lanes), offset.v[j]);
+        store(to + i + j * lanes, p == 0 ? VecOf<A>{} : d);
+      }
+    }
+    return;
+  }
+  with_logits<A>(args, strip, begin, features, scratch, [&](auto z) {
+    gradient_from_logits<A, kPairs>(args, strip, begin, features, z, grads, to);
+  });
 }
 
 // The gradient tiles of a group: as operand of the rows' gradient (pairs along features) and of the weight's

@@ -85,19 +85,20 @@ void pack_rows(const Logits& logits, const Chunk& chunk, int64_t strip, int64_t 
 template <typename A>
 inline void keep_strip(const SharedForwardArgs& args, int64_t row, int64_t feature, int64_t features, const A* z) {
   const KeptStrip<A> at(args.logits.features, args.kept_rows, row, feature);
-  A* kept = static_cast<A*>(args.kept) + at.offset;
   const int64_t rows = min_of(kStrip<A>, args.kept_rows - row);
-  for (int64_t f = 0; f < features; ++f) {
-    for (int j = 0; j < 2; ++j) {
-      const VecOf<A> v = load(z + f * kStrip<A> + j * kLanes<A>);
-      const int64_t left = rows - j * kLanes<A>;
-      if (left >= kLanes<A>) {
-        store(kept + f * at.width + j * kLanes<A>, v);
-      } else if (left > 0) {
-        store_part(kept + f * at.width + j * kLanes<A>, v, static_cast<int>(left));
+  with_kept<A>(args.kept_type, args.kept, at.offset, [&](auto* kept) {
+    for (int64_t f = 0; f < features; ++f) {
+      for (int j = 0; j < 2; ++j) {
+        const VecOf<A> v = load(z + f * kStrip<A> + j * kLanes<A>);
+        const int64_t left = rows - j * kLanes<A>;
+        if (left >= kLanes<A>) {
+          store(kept + f * at.width + j * kLanes<A>, v);
+        } else if (left > 0) {
+          store_part(kept + f * at.width + j * kLanes<A>, v, static_cast<int>(left));
+        }
       }
     }
-  }
+  });
 }
 
 // The logits of a block of features for a group of rows, and with the last channels what is wanted of them.
