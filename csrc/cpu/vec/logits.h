@@ -159,6 +159,21 @@ inline void tile_to_matrix(const A* tile, int64_t rows, int64_t features, T* to,
   }
 }
 
+template <typename A, bool kPairs>
+void pack_transposed(const Logits& logits, const Chunk& chunk, int64_t strip, int64_t begin, int64_t end, void* to) {
+  const RowRange rows{&logits, false, chunk.begin + strip * kStrip<A>, rows_of_strip<A>(chunk, strip)};
+  pack_by_columns<A, kPairs>(rows, begin, end, const_cast<A*>(packed_strip<A, kPairs>(logits, to, strip)));
+}
+
+template <typename A, bool kPairs>
+void pack_rows(const Logits& logits, const Chunk& chunk, int64_t strip, int64_t begin, int64_t end, void* to) {
+  constexpr int pair = kPairs ? 2 : 1;
+  const RowRange rows{&logits, false, chunk.begin + strip * kStrip<A>, rows_of_strip<A>(chunk, strip)};
+  pack_along_rows<A, kPairs>(
+      rows, kStrip<A>, begin, end, chunk.strips * kStrip<A> / pair * kStrip<A>,
+      static_cast<A*>(to) + strip * kStrip<A> / pair * kStrip<A>);
+}
+
 // Calls body with a typed pointer to element `offset`.
 template <typename A, typename Body>
 inline void with_type(Scalar type, void* data, int64_t offset, const Body& body) {

@@ -75,7 +75,7 @@ struct Dots {
 };
 
 // Per lane: sums over the features of P t, P g and P, of logits, where dz = P (t - mean of t).
-template <typename A, bool kPairs, typename T>
+template <typename A, typename T>
 inline void logits_dots(
     const SharedBackwardArgs& args, int64_t strip, int64_t begin, int64_t features, Tile<T> z, Dots<A> dots) {
   constexpr int lanes = kLanes<A>;
@@ -89,7 +89,7 @@ inline void logits_dots(
 #pragma GCC unroll 2
     for (int j = 0; j < 2; ++j) {
       const VecOf<A> log_p = bounded_below<A>(load(z.data + f * z.stride + j * lanes) - lse.v[j]);
-      const VecOf<A> p = exp_bounded<A, kPairs>(log_p);
+      const VecOf<A> p = exp_bounded<A>(log_p);
       const VecOf<A> t = fma(prob_scale.v[j], g, fma(log_scale.v[j], log_p, offset.v[j]));
       terms[j] += p == 0 ? VecOf<A>{} : p * t;
       products[j] += p == 0 ? VecOf<A>{} : p * g;
@@ -141,7 +141,7 @@ void logits_task(const SharedBackwardArgs& args, int64_t block, int64_t group, v
     // By way of a tile in cache: stores that miss hold up the products.
     for (int64_t i = 0; i < features * kStrip<A>; i += kLanes<A>) store(tile + i, load(z + i));
     if (last && args.dots != nullptr) {
-      logits_dots<A, kPairs>(args, s, begin, features, Tile<A>{z, kStrip<A>}, Dots<A>(args, block, s));
+      logits_dots<A>(args, s, begin, features, Tile<A>{z, kStrip<A>}, Dots<A>(args, block, s));
     }
   }
 }
@@ -158,7 +158,7 @@ void dots_task(const SharedBackwardArgs& args, int64_t block, int64_t group, voi
       matrix_dots<A>(args, s, begin, features, static_cast<A*>(scratch), to.of_grads);
     } else {
       with_logits<A>(args, s, begin, features, static_cast<A*>(scratch), [&](auto z) {
-        logits_dots<A, kPairs>(args, s, begin, features, z, to);
+        logits_dots<A>(args, s, begin, features, z, to);
       });
     }
   }
@@ -189,7 +189,7 @@ void combine_dots(const SharedBackwardArgs& args, int64_t strip) {
 }
 
 // The gradient of the logits times margin, of one strip, from given logits; `grads` for activation.
-template <typename A, bool kPairs, typename T>
+template <typename A, typename T>
 inline void gradient_from_logits(
     const SharedBackwardArgs& args, int64_t strip, int64_t begin, int64_t features, Tile<T> z, const A* grads, A* to) {
   constexpr int lanes = kLanes<A>;
@@ -223,7 +223,7 @@ inline void gradient_from_logits(
     for (int j = 0; j < 2; ++j) {
       const VecOf<A> v = load(z.data + f * z.stride + j * lanes);
       const VecOf<A> log_p = bounded_below<A>(v - lse.v[j]);
-      const VecOf<A> p = exp_bounded<A, kPairs>(log_p);
+      const VecOf<A> p = exp_bounded<A>(log_p);
       const VecOf<A> t = fma(prob_scale.v[j], g, fma(log_scale.v[j], log_p, offset.v[j]));
       VecOf<A> d = p == 0 ? VecOf<A>{} : p * t;
       if (args.row_excess_grad != nullptr) d += v > margin ? excess.v[j] : VecOf<A>{};
@@ -233,7 +233,7 @@ inline void gradient_from_logits(
 }
 
 // The same from whatever there is.
-template <typename A, bool kPairs>
+template <typename A>
 inline void logit_gradient(
     const SharedBackwardArgs& args, int64_t strip, int64_t begin, int64_t features, A* scratch, A* to) {
   constexpr int lanes = kLanes<A>;
@@ -255,7 +255,7 @@ inline void logit_gradient(
     return;
   }
   with_logits<A>(args, strip, begin, features, scratch, [&](auto z) {
-    gradient_from_logits<A, kPairs>(args, strip, begin, features, z, grads, to);
+    gradient_from_logits<A>(args, strip, begin, features, z, grads, to);
   });
 }
 
@@ -295,6 +295,41 @@ struct GradientTiles {
   }
 };
 
+// Where the gradient of a row of the chunk goes, from the depth block's first channel on; null: nobody wants it.
+inline void* row_output(const SharedBackwardArgs& args, int64_t row, int64_t size) {
+  const Logits& logits = args.logits;
+  int64_t index = args.chunk.begin + row;
+  if (logits.used != nullptr) index = logits.used[index];
+  void* out = index < logits.context_rows ? args.grad_context : args.grad_input;
+  if (index >= logits.context_rows) index -= logits.context_rows;
+  return out == nullptr ? out : static_cast<char*>(out) + (index * logits.channels + args.depth_begin) * size;
+}
+
+template <typename A, typename Body>
+inline void with_row_type(Scalar type, const Body& body) {
+  with_type<A>(type, nullptr, 0, [&](auto* like) { body(like, static_cast<int64_t>(sizeof *like)); });
+}
+
+// Finished rows of a tile, `columns` channels from `channel` on.
+template <typename A, int kRows>
+inline void write_tile(
+    const SharedBackwardArgs& args, int64_t row, int64_t channel, int columns, VecOf<A> (&sum)[kRows][2]) {
+  with_row_type<A>(args.row_type, [&]<typename T>(const T*, int64_t size) {
+    for (int r = 0; r < kRows; ++r) {
+      T* to = static_cast<T*>(row_output(args, row + r, size));
+      for (int j = 0; to != nullptr && j * kLanes<A> < columns; ++j) {
+        const int left = columns - j * kLanes<A>;
+        T* at = to + channel + j * kLanes<A>;
+        if (left >= kLanes<A>) {
+          store(at, sum[r][j]);
+        } else {
+          store_part(at, sum[r][j], left);
+        }
+      }
+    }
+  });
+}
+
 template <typename A, bool kPairs>
 inline void add_row_gradients(
     const SharedBackwardArgs& args, const GradientTiles<A, kPairs>& tiles, const A* weights, int64_t part,
@@ -309,10 +344,20 @@ inline void add_row_gradients(
       const int64_t head = logits.used == nullptr ? row : logits.used[row];
       const int64_t tail = logits.used == nullptr ? row + count - 1 : logits.used[row + count - 1];
       const bool wanted =
-          (!args.skip_context && head < logits.context_rows) || (!args.skip_input && tail >= logits.context_rows);
+          (args.grad_context != nullptr && head < logits.context_rows) || (args.grad_input != nullptr && tail >= logits.context_rows);
       if (!wanted) continue;
       const A* dz = tiles.strip_by_feature(s - begin_strip);
       A* to = static_cast<A*>(args.grad_rows) + ((part * channel_strips + c) * rows + s * strip) * strip;
+      if (args.whole) {
+        const int columns = static_cast<int>(min_of(strip, args.depth_end - args.depth_begin - c * strip));
+        for_row_tiles(count, [&]<int kRows>(int64_t r) {
+          VecOf<A> sum[kRows][2];
+          clear_tile<A, kRows>(sum);
+          multiply_columns<A, kPairs, kRows>(dz + r, weights + c * depth * strip, depth, sum);
+          write_tile<A, kRows>(args, s * strip + r, c * strip, columns, sum);
+        });
+        continue;
+      }
       for_row_tiles(count, [&]<int kRows>(int64_t r) {
         VecOf<A> sum[kRows][2];
         prefetch_tile<A, kRows>(to + r * strip, strip);
@@ -347,6 +392,25 @@ inline void add_weight_gradient(
   }
 }
 
+// What other phases do where a task does not see whole rows.
+template <typename A, bool kPairs>
+inline void prepare_group(
+    const SharedBackwardArgs& args, int64_t group, int64_t begin_strip, int64_t end_strip, void* scratch) {
+  const Logits& logits = args.logits;
+  for (int64_t s = begin_strip; s < end_strip; ++s) {
+    if (!args.has_logits) pack_transposed<A, kPairs>(logits, args.chunk, s, 0, logits.channels, args.packed);
+    if (args.grad_weight != nullptr) {
+      pack_rows<A, kPairs>(logits, args.chunk, s, 0, logits.channels, args.packed_rows);
+    }
+  }
+  if (!args.has_logits) {
+    logits_task<A, kPairs>(args, 0, group, scratch);
+  } else if (args.dots != nullptr) {
+    dots_task<A, kPairs>(args, 0, group, scratch);
+  }
+  for (int64_t s = begin_strip; args.dots != nullptr && s < end_strip; ++s) combine_dots<A, kPairs>(args, s);
+}
+
 template <typename A, bool kPairs>
 void gradient_task(const SharedBackwardArgs& args, int64_t part, int64_t sum, void* scratch) {
   constexpr int strip = kStrip<A>;
@@ -364,6 +428,7 @@ void gradient_task(const SharedBackwardArgs& args, int64_t part, int64_t sum, vo
   for (int64_t g = first_group; g < end_group; ++g) {
     const int64_t begin_strip = g * group_strips, end_strip = min_of(begin_strip + group_strips, args.chunk.strips);
     const bool first_rows = args.chunk.begin == 0 && g == first_group;
+    if (args.whole) prepare_group<A, kPairs>(args, g, begin_strip, end_strip, scratch);
     for (int64_t b = first_block; b < end_block; ++b) {
       const int64_t begin = b * logits.block, features = min_of(logits.block, logits.features - begin);
       const GradientTiles<A, kPairs> tiles{tiles_begin, kPairs ? tiles_begin + tile_length / 2 : tiles_begin, features};
@@ -371,7 +436,7 @@ void gradient_task(const SharedBackwardArgs& args, int64_t part, int64_t sum, vo
       for (int64_t i = 0; with_bias && i < features * kLanes<A>; i += kLanes<A>) store(bias_sums + i, VecOf<A>{});
       for (int64_t s = begin_strip; s < end_strip; ++s) {
         A* to = kPairs ? dz : tiles.strip_by_row(s - begin_strip);
-        logit_gradient<A, kPairs>(args, s, begin, features, staging, to);
+        logit_gradient<A>(args, s, begin, features, staging, to);
         clear_lanes<A>(to, features, rows_of_strip<A>(args.chunk, s));
         for (int64_t f = 0; with_bias && f < features; ++f) {
           const VecOf<A> both = load(to + f * strip) + load(to + f * strip + kLanes<A>);
@@ -385,7 +450,7 @@ void gradient_task(const SharedBackwardArgs& args, int64_t part, int64_t sum, vo
           sums[f] = (first_rows ? A{} : sums[f]) + sum_lanes(load(bias_sums + f * kLanes<A>));
         }
       }
-      if (args.grad_rows != nullptr) {
+      if (args.grad_context != nullptr || args.grad_input != nullptr) {
         const RowRange weight_rows{&logits, true, begin, features};
         pack_along_rows<A, kPairs>(
             weight_rows, features, args.depth_begin, args.depth_end, tiles.feature_pairs() * strip, weights);
@@ -399,21 +464,24 @@ void gradient_task(const SharedBackwardArgs& args, int64_t part, int64_t sum, vo
 }
 
 template <typename A, bool kPairs>
-void write_row(const SharedBackwardArgs& args, int64_t row, void* to, Scalar type) {
+void write_rows(const SharedBackwardArgs& args, int64_t strip_index) {
   constexpr int strip = kStrip<A>, lanes = kLanes<A>;
   const int64_t rows = args.chunk.strips * strip, channels = args.depth_end - args.depth_begin;
-  const int64_t channel_strips = blocks_of(channels, strip);
-  with_type<A>(type, to, 0, [&](auto* out) {
-    for (int64_t c = 0; c < channels; c += lanes) {
-      VecOf<A> sum{};
-      for (int64_t p = 0; p < args.parts; ++p) {
-        const int64_t at = ((p * channel_strips + c / strip) * rows + row) * strip + c % strip;
-        sum += load(static_cast<const A*>(args.grad_rows) + at);
-      }
-      if (c + lanes <= channels) {
-        store(out + c, sum);
-      } else {
-        store_part(out + c, sum, static_cast<int>(channels - c));
+  const int64_t channel_strips = blocks_of(channels, strip), first = strip_index * strip;
+  with_row_type<A>(args.row_type, [&]<typename T>(const T*, int64_t size) {
+    for (int64_t row = first; row < first + rows_of_strip<A>(args.chunk, strip_index); ++row) {
+      T* out = static_cast<T*>(row_output(args, row, size));
+      for (int64_t c = 0; out != nullptr && c < channels; c += lanes) {
+        VecOf<A> sum{};
+        for (int64_t p = 0; p < args.parts; ++p) {
+          const int64_t at = ((p * channel_strips + c / strip) * rows + row) * strip + c % strip;
+          sum += load(static_cast<const A*>(args.grad_rows) + at);
+        }
+        if (c + lanes <= channels) {
+          store(out + c, sum);
+        } else {
+          store_part(out + c, sum, static_cast<int>(channels - c));
+        }
       }
     }
   });

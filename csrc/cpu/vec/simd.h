@@ -480,27 +480,18 @@ inline VecOf<A> bounded_below(VecOf<A> x) {
 
 // e^x where x <= 0 but for rounding and bounded_below; NaN stays NaN. Cheaper than exp_lanes where there are instructions
 // for the first and last steps; its error grows by the rounding of x / ln 2, which is that of an x that was computed.
-// kShort: to 3e-6, for what is rounded to bfloat16 or was computed from bfloat16.
-template <typename A, bool kShort = false>
+template <typename A>
 inline VecOf<A> exp_bounded(VecOf<A> x) {
 #if defined(FUSEFEAT_ISA_AVX512)
   if constexpr (sizeof(A) == sizeof(float)) {
     const FloatVec t = x * 0x1.715476p+0f;  // 2^t
     const FloatVec r = (FloatVec)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-    FloatVec p;
-    if constexpr (kShort) {
-      p = splat<float>(0x1.b7f734p-7f);
-      p = fma(p, r, splat<float>(0x1.abf868p-5f));
-      p = fma(p, r, splat<float>(0x1.ee2452p-3f));
-      p = fma(p, r, splat<float>(0x1.62d6c6p-1f));
-    } else {
-      p = splat<float>(0x1.c54176p-13f);
-      p = fma(p, r, splat<float>(0x1.46d64cp-10f));
-      p = fma(p, r, splat<float>(0x1.3d0b92p-7f));
-      p = fma(p, r, splat<float>(0x1.c68912p-5f));
-      p = fma(p, r, splat<float>(0x1.ebfd58p-3f));
-      p = fma(p, r, splat<float>(0x1.62e42cp-1f));
-    }
+    FloatVec p = splat<float>(0x1.c54176p-13f);
+    p = fma(p, r, splat<float>(0x1.46d64cp-10f));
+    p = fma(p, r, splat<float>(0x1.3d0b92p-7f));
+    p = fma(p, r, splat<float>(0x1.c68912p-5f));
+    p = fma(p, r, splat<float>(0x1.ebfd58p-3f));
+    p = fma(p, r, splat<float>(0x1.62e42cp-1f));
     p = fma(p, r, splat<float>(1.0f));
     return (FloatVec)_mm512_scalef_ps((__m512)p, (__m512)t);  // by its integer part
   }
