@@ -96,8 +96,9 @@ void run_chunks(
   const Buffer tile(blocks_of(split.rows, kernels.strip) * kernels.strip * logits.features * size);
   const Buffer dots(with_dots ? 3 * most.blocks * most.lanes * size : 0);
   const Buffer grad_rows(
-      with_rows && !whole ? partition.parts * blocks_of(logits.depth_block, kernels.strip) * kernels.strip * most.lanes * size
-                : 0);
+      with_rows && !whole
+          ? partition.parts * blocks_of(logits.depth_block, kernels.strip) * kernels.strip * most.lanes * size
+          : 0);
 
   SharedBackwardArgs args{};
   const auto data = [](const Buffer* buffer) { return buffer == nullptr ? nullptr : buffer->get(); };

@@ -41,15 +41,15 @@ struct SharedForwardArgs {
   // One task sees all features and channels of its rows: it packs them and finishes what is wanted of them.
   bool whole;
   void* packed;  // the chunk's rows, channels [depth_begin, depth_end), transposed
-  void* tile;          // acc [strips][features][strip]; null: only clamp statistics are wanted
+  void* tile;    // acc [strips][features][strip]; null: only clamp statistics are wanted
   // Per feature block and lane of the chunk.
   void* peak;
   void* sum;
   void* dot;
-  void* excess;    // or null
-  int32_t* fired;  // [groups of the chunk][features], or null
-  void* prob_sums;  // acc [groups of the chunk][features], where tasks see whole rows
-  void* kept;      // logits of the first rows, in strips that are 128 bytes wide in acc: [rows / 32][features][32]
+  void* excess;      // or null
+  int32_t* fired;    // [groups of the chunk][features], or null
+  void* prob_sums;   // acc [groups of the chunk][features], where tasks see whole rows
+  void* kept;        // logits of the first rows, in strips that are 128 bytes wide in acc: [rows / 32][features][32]
   Scalar kept_type;  // acc or bf16
   int64_t kept_rows;
   // acc [rows], padded to whole strips
@@ -71,18 +71,19 @@ struct SharedBackwardArgs {
   Gradient kind;
   int64_t depth_begin, depth_end;
   bool whole;         // as in the forward
-  bool has_logits;    // kept ones, or the matrices'
+  bool has_logits;    // kept ones, or the matrices
   void* packed;       // as in the forward
   void* packed_rows;  // [channels / strip][rows of the chunk][strip]
-  void* tile;               // logits of the chunk, unless kept
-  const void* kept;         // logits of the first kept_rows rows as the forward left them; null: in tile
+  void* tile;         // logits of the chunk, unless kept
+  const void* kept;   // logits of the first kept_rows rows as the forward left them; null: in tile
   Scalar kept_type;
   int64_t kept_rows;
   void* dots;                 // three sums per feature block and lane, over the probabilities; or null
   const void* grad_prob_sum;  // acc [features], or null
   // acc [rows], padded to whole strips: dz = P (log_scale log P + offset + prob_scale grad_prob_sum) + excess_grad
-  // where z > margin. Given dots, offset then takes the mean over P of the terms away and lse_grad in.
-  const void* row_lse;
+  // where z > margin. Given dots, offset then takes the mean over P of the terms away and lse_grad in; lse becomes that
+  // of kept logits that were rounded.
+  void* row_lse;
   const void* row_log_scale;
   void* row_offset;
   const void* row_prob_scale;

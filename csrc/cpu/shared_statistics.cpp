@@ -36,7 +36,8 @@ SharedStatistics shared_statistics(
       zero_filled(input, {features}, acc),
       new_tensor(input, {with_excess ? rows : 0}, acc),
       zero_filled(input, {with_fired ? features : 0}, ScalarType::Long),
-      new_tensor(input, keep_rows > 0 ? std::vector<int64_t>{keep_rows, features} : std::vector<int64_t>{0}, kept_type)};
+      new_tensor(
+          input, keep_rows > 0 ? std::vector<int64_t>{keep_rows, features} : std::vector<int64_t>{0}, kept_type)};
   const int64_t kept_rows = problem.kept_rows(keep_rows);
   advise_huge_pages(found.kept.mutable_data_ptr(), found.kept.numel() * found.kept.element_size(), 4 << 20);
   if (kept_rows < keep_rows) torch::stable::zero_(found.kept);
@@ -72,15 +73,16 @@ void shared_statistics_backward(
     check_shape(kept, {std::min(keep_rows, rows), problem.sizes.features}, "kept");
     const auto type = kept.scalar_type();
     STD_TORCH_CHECK(
-        kept.is_contiguous() && (type == acc_type(input.scalar_type()) ||
-                                 (type == ScalarType::BFloat16 && input.scalar_type() == type)),
+        kept.is_contiguous() &&
+            (type == acc_type(input.scalar_type()) || (type == ScalarType::BFloat16 && input.scalar_type() == type)),
         "fusefeat: kept must be as the forward left it");
   }
   const bool with_dots = incoming.prob_sum.has_value() || incoming.row_entropy.has_value();
   const bool softmax = with_dots || incoming.lse.has_value();
   const auto zeros = [&] { return problem.gather(std::nullopt, 0, 1); };
   const auto or_zeros = [&](std::optional<Buffer>& given) { return given.has_value() ? std::move(*given) : zeros(); };
-  const Buffer entropies = problem.gather(row_entropy, 0, 1), lses = problem.gather(lse, 0, 1);
+  const Buffer entropies = problem.gather(row_entropy, 0, 1);
+  Buffer lses = problem.gather(lse, 0, 1);
   const Buffer prob_scale = problem.gather(row_weight, 1, problem.logits.margin);
   Buffer lse_grads = or_zeros(incoming.lse), log_scale = zeros(), offset = zeros();
   if (incoming.row_entropy.has_value()) {

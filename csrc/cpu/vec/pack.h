@@ -146,7 +146,8 @@ inline void pack_by_rows(const RowRange& rows, int64_t begin, int64_t end, A* to
   constexpr int width = kStrip<A> * (kPairs ? 2 : 1);
   for (int64_t r = 0; r < rows.count; ++r, to += kStrip<A>) {
     A* at = to;
-    for (int64_t c = begin; c < end; c += width, at += rows.count * kStrip<A>) get_strip<A, kPairs>(rows, r, c, end - c, at);
+    for (int64_t c = begin; c < end; c += width, at += rows.count * kStrip<A>)
+      get_strip<A, kPairs>(rows, r, c, end - c, at);
   }
 }
 

@@ -478,8 +478,9 @@ inline VecOf<A> bounded_below(VecOf<A> x) {
   return x < low ? splat<A>(low) : x;
 }
 
-// e^x where x <= 0 but for rounding and bounded_below; NaN stays NaN. Cheaper than exp_lanes where there are instructions
-// for the first and last steps; its error grows by the rounding of x / ln 2, which is that of an x that was computed.
+// e^x where x <= 0 but for rounding and bounded_below; NaN stays NaN. Cheaper than exp_lanes where there are
+// instructions for the first and last steps; its error grows by the rounding of x / ln 2, which is that of an x that
+// was computed.
 template <typename A>
 inline VecOf<A> exp_bounded(VecOf<A> x) {
 #if defined(FUSEFEAT_ISA_AVX512)

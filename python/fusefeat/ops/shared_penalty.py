@@ -32,7 +32,8 @@ def rows_to_keep(
     operand: int = 0,
     kept: torch.dtype | None = None,
 ) -> int:
-    """How many rows' logits are kept for the backward: as many as the memory bound allows, the others are recomputed.
+    """How many rows' logits are kept for the backward, in the type ``kept`` (the accumulation type when None): as many
+    as the memory bound allows, the others are recomputed.
 
     Measured on two cores, forward+backward with all logits kept takes 0.77 (8192x128->1024) and with a quarter of
     them 0.93 (4096x256->8192) of the time without any; with 16 channels it takes 1.19 (8192x16->1024).
