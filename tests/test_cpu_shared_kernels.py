@@ -31,6 +31,7 @@ from shared_calls import (
     strided,
     with_unread_rows,
 )  # fmt: skip
+from torch import Tensor
 
 OPS = torch.ops.fusefeat
 TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -87,6 +88,31 @@ def test_kept_logits_give_the_same(isa: str, keep: int, dtype: torch.dtype) -> N
             assert torch.equal(kept[name], want), name
         else:
             assert error(kept[name], want) <= TOLERANCE[dtype] / 4, name
+
+
+def plain_penalty(z: Tensor) -> Tensor:
+    log_probs = z.log_softmax(1, dtype=torch.promote_types(z.dtype, torch.float32))
+    probs = log_probs.exp()
+    mean = probs.mean(0)
+    return (mean * mean.log()).sum() - (probs * log_probs).sum(1).mean()
+
+
+@pytest.mark.parametrize("features", [100, 150])
+@pytest.mark.parametrize("keep", [64, 300])
+def test_logits_kept_in_bfloat16(isa: str, keep: int, features: int) -> None:
+    """Gradients lose no more to them than plain PyTorch's lose to its own."""
+    x, weight = torch.randn(300, 30).bfloat16(), torch.randn(features, 30).bfloat16()
+    args = (None, x, weight, None, 1.0, 0, 1.0, 1.0, False, 0.0, 0.0)
+    *_, entropy, lse, probs, kept = OPS.shared_loss(*args, keep)
+    assert kept.dtype == torch.bfloat16 and kept.shape == (keep, features)
+    needs = [False, True, True, False]
+    got = OPS.shared_loss_backward(torch.ones(()), None, *args, entropy, lse, probs, kept, needs)[1:3]
+    leaves = [t.requires_grad_() for t in (x, weight)]
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    want = torch.autograd.grad(plain_penalty(exact[0] @ exact[1].T), exact)
+    eager = torch.autograd.grad(plain_penalty(x @ weight.T), leaves)
+    for mine, other, true in zip(got, eager, want, strict=True):
+        assert error(mine, true) <= 1.3 * error(other, true)
 
 
 @pytest.mark.parametrize("operand", [1, 2])

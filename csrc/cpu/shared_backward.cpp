@@ -75,25 +75,6 @@ struct Split {
         partition(problem, wishes, direct > 0 ? direct_rows : rows) {}
 };
 
-void write_rows(
-    const SharedProblem& problem, const Workers& workers, const SharedBackwardArgs& args,
-    const BackwardWishes& wishes) {
-  const Logits& logits = problem.logits;
-  const int64_t channels = args.depth_end - args.depth_begin, strip_rows = problem.kernels->strip;
-  workers.run(args.chunk.strips, args.chunk.rows * channels * args.parts, [&](int64_t strip, void*) {
-    const int64_t end = std::min((strip + 1) * strip_rows, args.chunk.rows);
-    for (int64_t row = strip * strip_rows; row < end; ++row) {
-      const int64_t index = logits.used == nullptr ? args.chunk.begin + row : logits.used[args.chunk.begin + row];
-      const bool in_context = index < logits.context_rows;
-      const Tensor* out = in_context ? wishes.grad_context : wishes.grad_input;
-      if (out == nullptr) continue;
-      const int64_t at = (in_context ? index : index - logits.context_rows) * logits.channels + args.depth_begin;
-      char* to = static_cast<char*>(out->mutable_data_ptr()) + at * static_cast<int64_t>(out->element_size());
-      problem.kernels->write_row(args, row, to, scalar_of(out->scalar_type()));
-    }
-  });
-}
-
 // All chunks; the gradients of weight and bias are left in their sums.
 void run_chunks(
     const SharedProblem& problem, const BackwardWishes& wishes, const Split& split, const Workers& workers,
@@ -105,6 +86,7 @@ void run_chunks(
   const bool with_gradients = with_rows || wishes.grad_weight != nullptr || wishes.grad_bias != nullptr;
   const bool with_dots = wishes.row_dot != nullptr;
   const Partition& partition = split.partition;
+  const bool whole = logits.block >= logits.features && logits.depth_block >= logits.channels && with_gradients;
   const Counts most(problem, chunk_at(problem, 0, std::max(split.rows, split.direct_rows)));
   const Buffer packed = packed_buffer(problem, split.rows);
   const Buffer packed_rows(
@@ -114,16 +96,19 @@ void run_chunks(
   const Buffer tile(blocks_of(split.rows, kernels.strip) * kernels.strip * logits.features * size);
   const Buffer dots(with_dots ? 3 * most.blocks * most.lanes * size : 0);
   const Buffer grad_rows(
-      with_rows ? partition.parts * blocks_of(logits.depth_block, kernels.strip) * kernels.strip * most.lanes * size
-                : 0);
+      with_rows && !whole
+          ? partition.parts * blocks_of(logits.depth_block, kernels.strip) * kernels.strip * most.lanes * size
+          : 0);
 
   SharedBackwardArgs args{};
   const auto data = [](const Buffer* buffer) { return buffer == nullptr ? nullptr : buffer->get(); };
   args.logits = logits;
   args.kind = wishes.kind;
+  args.whole = whole;
   args.packed = packed.get();
   args.packed_rows = packed_rows.get();
   args.tile = tile.get();
+  args.kept_type = wishes.kept_type;
   args.kept_rows = wishes.kept_rows;
   args.dots = dots.get();
   args.grad_prob_sum = wishes.grad_prob_sum;
@@ -141,16 +126,28 @@ void run_chunks(
   args.grad_rows = grad_rows.get();
   args.grad_weight = weight_sums.get();
   args.grad_bias = bias_sums.get();
-  args.skip_context = wishes.grad_context == nullptr;
-  args.skip_input = wishes.grad_input == nullptr;
+  for (const Tensor* out : {wishes.grad_context, wishes.grad_input}) {
+    if (out == nullptr) continue;
+    (out == wishes.grad_input ? args.grad_input : args.grad_context) = out->mutable_data_ptr();
+    args.row_type = scalar_of(out->scalar_type());
+  }
 
   for (int64_t begin = 0; begin < logits.rows;) {
     const bool has_logits = begin < split.direct;
     const int64_t end =
         has_logits ? std::min(begin + split.direct_rows, split.direct) : std::min(begin + split.rows, logits.rows);
     args.chunk = chunk_at(problem, begin, end);
+    args.has_logits = has_logits;
     args.kept = has_logits ? wishes.kept : nullptr;
     const Counts count(problem, args.chunk);
+    if (whole) {
+      args.depth_end = logits.channels;
+      workers.run(args.sums, count.work * (3 * logits.channels + 32), [&](int64_t item, void* scratch) {
+        kernels.gradient_task(args, 0, item, scratch);
+      });
+      begin = end;
+      continue;
+    }
     if (!has_logits) {
       for_depth_blocks(logits, [&](int64_t depth_begin, int64_t depth_end) {
         args.depth_begin = depth_begin;
@@ -183,7 +180,11 @@ void run_chunks(
         workers.run(args.parts * args.sums, count.work * (2 * channels + 16), [&](int64_t item, void* scratch) {
           kernels.gradient_task(args, item % args.parts, item / args.parts, scratch);
         });
-        if (with_rows) write_rows(problem, workers, args, wishes);
+        if (with_rows) {
+          workers.run(count.strips, args.chunk.rows * channels * args.parts, [&](int64_t strip, void*) {
+            kernels.write_rows(args, strip);
+          });
+        }
       });
     }
     begin = end;

@@ -10,7 +10,8 @@ void run_forward(const SharedProblem& problem, const ForwardWishes& wishes) {
   const Logits& logits = problem.logits;
   const int64_t size = problem.acc_bytes();
   const bool exponentials = wishes.row_entropy != nullptr;
-  const bool in_scratch = exponentials || logits.depth_block < logits.channels;
+  const bool whole = logits.block >= logits.features && logits.depth_block >= logits.channels && !wishes.softmax;
+  const bool in_scratch = !whole && (exponentials || logits.depth_block < logits.channels);
   const int64_t rows = chunk_rows(problem, logits.rows, in_scratch);
   const Counts most(problem, chunk_at(problem, 0, rows));
   const Workers workers(problem);
@@ -21,8 +22,12 @@ void run_forward(const SharedProblem& problem, const ForwardWishes& wishes) {
   const Buffer fired(
       wishes.fired != nullptr ? most.groups * logits.features * static_cast<int64_t>(sizeof(int32_t)) : 0);
 
+  const Buffer prob_sums(whole && exponentials ? most.groups * logits.features * size : 0);
+
   SharedForwardArgs args{};
   args.logits = logits;
+  args.whole = whole;
+  args.prob_sums = prob_sums.get();
   args.packed = packed.get();
   args.tile = tile.get();
   if (exponentials) {
@@ -37,6 +42,7 @@ void run_forward(const SharedProblem& problem, const ForwardWishes& wishes) {
   args.excess = excess.get();
   args.fired = reinterpret_cast<int32_t*>(fired.get());
   args.kept = wishes.kept;
+  args.kept_type = wishes.kept_type;
   args.kept_rows = wishes.kept_rows;
   args.row_excess = wishes.row_excess == nullptr ? nullptr : wishes.row_excess->get();
   args.prob_sum = wishes.prob_sum;
@@ -52,13 +58,13 @@ void run_forward(const SharedProblem& problem, const ForwardWishes& wishes) {
     for_depth_blocks(logits, [&](int64_t depth_begin, int64_t depth_end) {
       args.depth_begin = depth_begin;
       args.depth_end = depth_end;
-      pack_transposed(problem, workers, args, packed.get());
+      if (!whole) pack_transposed(problem, workers, args, packed.get());
       workers.run(
           count.blocks * count.groups, count.work * (depth_end - depth_begin + 16), [&](int64_t item, void* scratch) {
             kernels.forward_task(args, item / count.groups, item % count.groups, scratch);
           });
     });
-    if (exponentials || wishes.row_excess != nullptr) {
+    if (!whole && (exponentials || wishes.row_excess != nullptr)) {
       workers.run(count.strips, count.lanes * count.blocks * 16, [&](int64_t strip, void*) {
         kernels.combine_strip(args, strip);
       });

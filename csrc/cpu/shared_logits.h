@@ -38,15 +38,19 @@ struct SharedForwardArgs {
   Logits logits;
   Chunk chunk;
   int64_t depth_begin, depth_end;
-  const void* packed;  // the chunk's rows, channels [depth_begin, depth_end), transposed
-  void* tile;          // acc [strips][features][strip]; null: only clamp statistics are wanted
+  // One task sees all features and channels of its rows: it packs them and finishes what is wanted of them.
+  bool whole;
+  void* packed;  // the chunk's rows, channels [depth_begin, depth_end), transposed
+  void* tile;    // acc [strips][features][strip]; null: only clamp statistics are wanted
   // Per feature block and lane of the chunk.
   void* peak;
   void* sum;
   void* dot;
-  void* excess;    // or null
-  int32_t* fired;  // [groups of the chunk][features], or null
-  void* kept;      // acc, logits of the first rows in strips of 128 bytes: [rows / 32][features][32] in float
+  void* excess;      // or null
+  int32_t* fired;    // [groups of the chunk][features], or null
+  void* prob_sums;   // acc [groups of the chunk][features], where tasks see whole rows
+  void* kept;        // logits of the first rows, in strips that are 128 bytes wide in acc: [rows / 32][features][32]
+  Scalar kept_type;  // acc or bf16
   int64_t kept_rows;
   // acc [rows], padded to whole strips
   const void* row_weight;
@@ -66,16 +70,20 @@ struct SharedBackwardArgs {
   Chunk chunk;
   Gradient kind;
   int64_t depth_begin, depth_end;
-  const void* packed;       // as in the forward
-  const void* packed_rows;  // [channels / strip][rows of the chunk][strip]
-  void* tile;               // logits of the chunk, unless kept
-  const void* kept;         // logits of the first kept_rows rows as the forward left them; null: in tile
+  bool whole;         // as in the forward
+  bool has_logits;    // kept ones, or the matrices
+  void* packed;       // as in the forward
+  void* packed_rows;  // [channels / strip][rows of the chunk][strip]
+  void* tile;         // logits of the chunk, unless kept
+  const void* kept;   // logits of the first kept_rows rows as the forward left them; null: in tile
+  Scalar kept_type;
   int64_t kept_rows;
   void* dots;                 // three sums per feature block and lane, over the probabilities; or null
   const void* grad_prob_sum;  // acc [features], or null
   // acc [rows], padded to whole strips: dz = P (log_scale log P + offset + prob_scale grad_prob_sum) + excess_grad
-  // where z > margin. Given dots, offset then takes the mean over P of the terms away and lse_grad in.
-  const void* row_lse;
+  // where z > margin. Given dots, offset then takes the mean over P of the terms away and lse_grad in; lse becomes that
+  // of kept logits that were rounded.
+  void* row_lse;
   const void* row_log_scale;
   void* row_offset;
   const void* row_prob_scale;
@@ -89,7 +97,8 @@ struct SharedBackwardArgs {
   void* grad_rows;    // [parts][channels of the depth block / strip][rows of the chunk][strip] in acc, or null
   void* grad_weight;  // [sums][features][channels] in acc, or null
   void* grad_bias;    // [sums][features] in acc, or null
-  bool skip_context, skip_input;  // rows whose gradient nobody wants
+  void *grad_context, *grad_input;  // contiguous, or null: rows whose gradient nobody wants
+  Scalar row_type;
 };
 
 struct SharedKernels {
@@ -108,8 +117,7 @@ struct SharedKernels {
   void (*dots_task)(const SharedBackwardArgs&, int64_t block, int64_t group, void* scratch);
   void (*combine_dots)(const SharedBackwardArgs&, int64_t strip);
   void (*gradient_task)(const SharedBackwardArgs&, int64_t part, int64_t sum, void* scratch);
-  // Sums the parts of one row's gradient; `to` holds the channels of the depth block.
-  void (*write_row)(const SharedBackwardArgs&, int64_t row, void* to, Scalar type);
+  void (*write_rows)(const SharedBackwardArgs&, int64_t strip);  // sums their parts
   // Sums `count` arrays that lie `stride` apart over [0, length).
   void (*write_sums)(const void* from, int64_t count, int64_t stride, int64_t length, void* to, Scalar type);
 };

@@ -85,7 +85,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> shared_loss(
   const SharedProblem problem(context, input, weight, bias, margin, std::nullopt, operand);
   const int64_t rows = problem.sizes.rows(), features = problem.sizes.features;
   const bool is_double = problem.is_double;
-  auto found = cpu::shared_statistics(problem, input, std::nullopt, with_reg, false, keep_rows);
+  // In bfloat16 where plain PyTorch's are, too; the regulariser compares them with margin as they were.
+  const bool round_kept = input.scalar_type() == ScalarType::BFloat16 && !with_reg;
+  const auto kept_type = round_kept ? ScalarType::BFloat16 : acc_type(input.scalar_type());
+  auto found = cpu::shared_statistics(problem, input, std::nullopt, with_reg, false, keep_rows, kept_type);
   double penalty = 0;
   if (rows > 0) {
     penalty = entropy_weight * sum_of(is_double, found.row_entropy.const_data_ptr(), rows) / static_cast<double>(rows);

@@ -21,7 +21,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> shared_penalty(
     OptionalTensor context, Tensor input, Tensor weight, OptionalTensor bias, double margin, OptionalTensor row_weight,
     int64_t operand, bool with_clamp, int64_t keep_rows) {
   const SharedProblem problem(context, input, weight, bias, margin, row_weight, operand);
-  const auto found = cpu::shared_statistics(problem, input, row_weight, with_clamp, with_clamp, keep_rows);
+  const auto kept_type = acc_type(input.scalar_type());
+  const auto found = cpu::shared_statistics(problem, input, row_weight, with_clamp, with_clamp, keep_rows, kept_type);
   return {found.row_entropy, found.lse, found.prob_sum, found.row_excess, found.fired, found.kept};
 }
 

@@ -51,6 +51,7 @@ struct ForwardWishes {
   void* prob_sum = nullptr;
   int64_t* fired = nullptr;
   void* kept = nullptr;
+  Scalar kept_type = Scalar::f32;
   int64_t kept_rows = 0;
   const Tensor* matrix = nullptr;
   bool softmax = false;  // what the matrix is: probabilities, or clamped logits
@@ -60,11 +61,13 @@ void run_forward(const SharedProblem& problem, const ForwardWishes& wishes);
 
 struct BackwardWishes {
   Gradient kind;
-  const Buffer *lse = nullptr, *log_scale = nullptr, *prob_scale = nullptr, *excess_grad = nullptr, *lse_grad = nullptr;
+  Buffer* lse = nullptr;
+  const Buffer *log_scale = nullptr, *prob_scale = nullptr, *excess_grad = nullptr, *lse_grad = nullptr;
   Buffer *offset = nullptr, *row_dot = nullptr;  // row_dot: only when dots are needed
   const void* grad_prob_sum = nullptr;
   const Tensor *grad = nullptr, *assignment = nullptr;
   const void* kept = nullptr;
+  Scalar kept_type = Scalar::f32;
   int64_t kept_rows = 0;
   // Outputs, or null.
   const Tensor *grad_context = nullptr, *grad_input = nullptr, *grad_weight = nullptr, *grad_bias = nullptr;

@@ -26,7 +26,7 @@ void entropy_terms(int64_t rows, const Buffer& entropy_grad, const Buffer& entro
 
 SharedStatistics shared_statistics(
     const SharedProblem& problem, const Tensor& input, const OptionalTensor& row_weight, bool with_excess,
-    bool with_fired, int64_t keep_rows) {
+    bool with_fired, int64_t keep_rows, ScalarType kept_type) {
   const int64_t rows = problem.sizes.rows(), features = problem.sizes.features;
   STD_TORCH_CHECK(keep_rows >= 0 && keep_rows <= rows, "fusefeat: keep_rows must be in [0, N]");
   const auto acc = acc_type(input.scalar_type());
@@ -36,9 +36,10 @@ SharedStatistics shared_statistics(
       zero_filled(input, {features}, acc),
       new_tensor(input, {with_excess ? rows : 0}, acc),
       zero_filled(input, {with_fired ? features : 0}, ScalarType::Long),
-      new_tensor(input, keep_rows > 0 ? std::vector<int64_t>{keep_rows, features} : std::vector<int64_t>{0}, acc)};
+      new_tensor(
+          input, keep_rows > 0 ? std::vector<int64_t>{keep_rows, features} : std::vector<int64_t>{0}, kept_type)};
   const int64_t kept_rows = problem.kept_rows(keep_rows);
-  advise_huge_pages(found.kept.mutable_data_ptr(), found.kept.numel() * problem.acc_bytes(), 4 << 20);
+  advise_huge_pages(found.kept.mutable_data_ptr(), found.kept.numel() * found.kept.element_size(), 4 << 20);
   if (kept_rows < keep_rows) torch::stable::zero_(found.kept);
 
   const Buffer weights = problem.gather(row_weight, 1, 1);
@@ -52,6 +53,7 @@ SharedStatistics shared_statistics(
   if (with_excess) wishes.row_excess = &excesses;
   if (with_fired) wishes.fired = static_cast<int64_t*>(found.fired.mutable_data_ptr());
   wishes.kept = found.kept.mutable_data_ptr();
+  wishes.kept_type = scalar_of(kept_type);
   wishes.kept_rows = kept_rows;
   run_forward(problem, wishes);
   problem.scatter(entropies, found.row_entropy);
@@ -69,15 +71,18 @@ void shared_statistics_backward(
   const int64_t keep_rows = kept.dim() == 2 ? kept.size(0) : 0;
   if (keep_rows > 0) {
     check_shape(kept, {std::min(keep_rows, rows), problem.sizes.features}, "kept");
+    const auto type = kept.scalar_type();
     STD_TORCH_CHECK(
-        kept.is_contiguous() && kept.scalar_type() == acc_type(input.scalar_type()),
+        kept.is_contiguous() &&
+            (type == acc_type(input.scalar_type()) || (type == ScalarType::BFloat16 && input.scalar_type() == type)),
         "fusefeat: kept must be as the forward left it");
   }
   const bool with_dots = incoming.prob_sum.has_value() || incoming.row_entropy.has_value();
   const bool softmax = with_dots || incoming.lse.has_value();
   const auto zeros = [&] { return problem.gather(std::nullopt, 0, 1); };
   const auto or_zeros = [&](std::optional<Buffer>& given) { return given.has_value() ? std::move(*given) : zeros(); };
-  const Buffer entropies = problem.gather(row_entropy, 0, 1), lses = problem.gather(lse, 0, 1);
+  const Buffer entropies = problem.gather(row_entropy, 0, 1);
+  Buffer lses = problem.gather(lse, 0, 1);
   const Buffer prob_scale = problem.gather(row_weight, 1, problem.logits.margin);
   Buffer lse_grads = or_zeros(incoming.lse), log_scale = zeros(), offset = zeros();
   if (incoming.row_entropy.has_value()) {
@@ -96,6 +101,7 @@ void shared_statistics_backward(
   if (with_excess) wishes.excess_grad = &excess_grads;
   if (with_dots) wishes.row_dot = &row_dots;
   wishes.kept = kept.const_data_ptr();
+  wishes.kept_type = scalar_of(kept.scalar_type());
   wishes.kept_rows = problem.kept_rows(keep_rows);
   run_backward(problem, wishes);
 }

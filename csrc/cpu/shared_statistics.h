@@ -13,7 +13,7 @@ struct SharedStatistics {
 
 SharedStatistics shared_statistics(
     const SharedProblem& problem, const Tensor& input, const OptionalTensor& row_weight, bool with_excess,
-    bool with_fired, int64_t keep_rows);
+    bool with_fired, int64_t keep_rows, ScalarType kept_type);
 
 // What comes in for the statistics, of the rows that take part, the rows' times margin; absent where nothing does.
 struct StatisticsGradients {

@@ -48,10 +48,15 @@ FORWARD = rows(
     ("clamped at 0", "v <= margin ? splat<A>(margin) : v", "v <= A(0) ? splat<A>(0) : v"),
     ("fired of the last chunk only", "args.fired_sum[f] += count;", "args.fired_sum[f] = count;"),
     ("prob_sum of the last chunk only", "sums[f + i] += sum_lanes(sum[i]);", "sums[f + i] = sum_lanes(sum[i]);"),
+    (
+        "prob_sum of the first group only",
+        "for (int64_t g = 0; g < groups; ++g) static_cast<A*>",
+        "for (int64_t g = 0; g < 1; ++g) static_cast<A*>",
+    ),
 )
 
-BACKWARD = rows(
-    "csrc/cpu/vec/shared_backward.h",
+LOGIT_GRADIENT = rows(
+    "csrc/cpu/vec/logit_gradient.h",
     KERNELS,
     (
         "no term of log P",
@@ -60,8 +65,8 @@ BACKWARD = rows(
     ),
     (
         "sign of the mean",
-        "load(offset) - terms / probs + lse_grad);",
-        "load(offset) + terms / probs + lse_grad);",
+        "load(offset) - terms / probs + shift + lse_grad);",
+        "load(offset) + terms / probs + shift + lse_grad);",
     ),
     (
         "gradient at a tie",
@@ -70,6 +75,16 @@ BACKWARD = rows(
         "tests/test_shared_penalty.py -k ties",
     ),
     ("margin left out", "const VecOf<A> g = margin * load(grads", "const VecOf<A> g = load(grads"),
+    (
+        "rounded logits with the lse of others",
+        "store(lse, load(lse) + shift);",
+        "store(lse, load(lse));",
+    ),
+)
+
+BACKWARD = rows(
+    "csrc/cpu/vec/shared_backward.h",
+    KERNELS,
     ("bias gradient of the last chunk only", "(first_rows ? A{} : sums[f]) +", "A{} +"),
     (
         "first part of a row's gradient only",
@@ -119,4 +134,4 @@ HOST = [
     ),
 ]
 
-FAULTS = [*LOGITS, *FORWARD, *BACKWARD, *HOST]
+FAULTS = [*LOGITS, *FORWARD, *LOGIT_GRADIENT, *BACKWARD, *HOST]

@@ -6,13 +6,6 @@
 namespace fusefeat {
 namespace {
 
-// The lower bound lets 0 * x be 0 where x stands for -inf; NaN passes.
-template <typename A>
-inline VecOf<A> bounded_below(VecOf<A> x) {
-  const VecOf<A> low = splat<A>(static_cast<A>(-1e30));
-  return x < low ? low : x;
-}
-
 inline int64_t min_of(int64_t a, int64_t b) {
   return a < b ? a : b;
 }
@@ -82,6 +75,15 @@ struct KeptStrip {
     offset = head * features + feature * width + row - head;
   }
 };
+
+// Calls body with a typed pointer to element `offset` of kept logits.
+template <typename A, typename Body>
+inline void with_kept(Scalar type, void* kept, int64_t offset, const Body& body) {
+  if constexpr (sizeof(A) == sizeof(float)) {
+    if (type == Scalar::bf16) return body(static_cast<BFloat16*>(kept) + offset);
+  }
+  body(static_cast<A*>(kept) + offset);
+}
 
 // -1 in the lanes of a strip that hold a row.
 template <typename A>
@@ -155,6 +157,21 @@ inline void tile_to_matrix(const A* tile, int64_t rows, int64_t features, T* to,
       }
     }
   }
+}
+
+template <typename A, bool kPairs>
+void pack_transposed(const Logits& logits, const Chunk& chunk, int64_t strip, int64_t begin, int64_t end, void* to) {
+  const RowRange rows{&logits, false, chunk.begin + strip * kStrip<A>, rows_of_strip<A>(chunk, strip)};
+  pack_by_columns<A, kPairs>(rows, begin, end, const_cast<A*>(packed_strip<A, kPairs>(logits, to, strip)));
+}
+
+template <typename A, bool kPairs>
+void pack_rows(const Logits& logits, const Chunk& chunk, int64_t strip, int64_t begin, int64_t end, void* to) {
+  constexpr int pair = kPairs ? 2 : 1;
+  const RowRange rows{&logits, false, chunk.begin + strip * kStrip<A>, rows_of_strip<A>(chunk, strip)};
+  pack_along_rows<A, kPairs>(
+      rows, kStrip<A>, begin, end, chunk.strips * kStrip<A> / pair * kStrip<A>,
+      static_cast<A*>(to) + strip * kStrip<A> / pair * kStrip<A>);
 }
 
 // Calls body with a typed pointer to element `offset`.

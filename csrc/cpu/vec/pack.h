@@ -144,8 +144,10 @@ inline void get_strip(const RowRange& rows, int64_t row, int64_t begin, int64_t 
 template <typename A, bool kPairs>
 inline void pack_by_rows(const RowRange& rows, int64_t begin, int64_t end, A* to) {
   constexpr int width = kStrip<A> * (kPairs ? 2 : 1);
-  for (int64_t c = begin; c < end; c += width) {
-    for (int64_t r = 0; r < rows.count; ++r, to += kStrip<A>) get_strip<A, kPairs>(rows, r, c, end - c, to);
+  for (int64_t r = 0; r < rows.count; ++r, to += kStrip<A>) {
+    A* at = to;
+    for (int64_t c = begin; c < end; c += width, at += rows.count * kStrip<A>)
+      get_strip<A, kPairs>(rows, r, c, end - c, at);
   }
 }
 
@@ -174,27 +176,32 @@ inline void pack_by_columns(const RowRange& rows, int64_t begin, int64_t end, A*
 template <typename A, bool kPairs>
 inline void pack_along_rows(const RowRange& rows, int64_t count, int64_t begin, int64_t end, int64_t stride, A* to) {
   constexpr int strip = kStrip<A>;
-  for (int64_t c = begin; c < end; c += strip, to += stride) {
-    if constexpr (kPairs) {
+  if constexpr (kPairs) {
 #if defined(FUSEFEAT_BF16)
-      const int64_t columns = end - c < strip ? end - c : strip;
-      float a[strip] = {}, b[strip] = {};
-      for (int64_t r = 0; r < count; r += 2) {
+    float a[strip] = {}, b[strip] = {};
+    for (int64_t r = 0; r < count; r += 2, to += strip) {
+      A* at = to;
+      for (int64_t c = begin; c < end; c += strip, at += stride) {
+        const int64_t columns = end - c < strip ? end - c : strip;
         const BFloat16* direct_a = columns == strip ? rows.bfloat16_row(r, c) : nullptr;
         const BFloat16* direct_b = columns == strip ? rows.bfloat16_row(r + 1, c) : nullptr;
         if (direct_a != nullptr && direct_b != nullptr) {
-          store(to + r / 2 * strip, interleave_pairs(load(direct_a), load(direct_b)));
-          store(to + r / 2 * strip + 16, interleave_pairs(load(direct_a + 16), load(direct_b + 16)));
+          store(at, interleave_pairs(load(direct_a), load(direct_b)));
+          store(at + 16, interleave_pairs(load(direct_a + 16), load(direct_b + 16)));
           continue;
         }
         rows.get(r, c, columns, a);
         rows.get(r + 1, c, columns, b);
-        store(to + r / 2 * strip, interleave_pairs(load(a), load(b)));
-        store(to + r / 2 * strip + 16, interleave_pairs(load(a + 16), load(b + 16)));
+        for (int64_t i = columns; i < strip; ++i) a[i] = b[i] = 0;
+        store(at, interleave_pairs(load(a), load(b)));
+        store(at + 16, interleave_pairs(load(a + 16), load(b + 16)));
       }
+    }
 #endif
-    } else {
-      for (int64_t r = 0; r < count; ++r) get_strip<A, false>(rows, r, c, end - c, to + r * strip);
+  } else {
+    for (int64_t r = 0; r < count; ++r, to += strip) {
+      A* at = to;
+      for (int64_t c = begin; c < end; c += strip, at += stride) get_strip<A, false>(rows, r, c, end - c, at);
     }
   }
 }

@@ -46,7 +46,7 @@ inline void block_statistics(const A* z, int64_t features, A* e, A* peak, A* sum
   for (int64_t f = 0; f < features; ++f) {
     const VecOf<A> d0 = bounded_below<A>(load(z + f * kStrip<A>) - shift0);
     const VecOf<A> d1 = bounded_below<A>(load(z + f * kStrip<A> + lanes) - shift1);
-    const VecOf<A> e0 = exp_nonpositive<A>(d0), e1 = exp_nonpositive<A>(d1);
+    const VecOf<A> e0 = exp_bounded<A>(d0), e1 = exp_bounded<A>(d1);
     store(e + f * kStrip<A>, e0);
     store(e + f * kStrip<A> + lanes, e1);
     sum0 += e0;
@@ -67,37 +67,36 @@ int64_t worker_bytes(const Logits& logits) {
   return (packed_weight_length<A, kPairs>(logits) * 2 + tiles) * static_cast<int64_t>(sizeof(A));
 }
 
-template <typename A, bool kPairs>
-void pack_transposed(const Logits& logits, const Chunk& chunk, int64_t strip, int64_t begin, int64_t end, void* to) {
-  const RowRange rows{&logits, false, chunk.begin + strip * kStrip<A>, rows_of_strip<A>(chunk, strip)};
-  pack_by_columns<A, kPairs>(rows, begin, end, const_cast<A*>(packed_strip<A, kPairs>(logits, to, strip)));
+// The sums over a group of w P of each feature, a vector for every one of them.
+template <typename A>
+inline void add_probs(const SharedForwardArgs& args, int64_t strip, const A* e, A* sums) {
+  const A* weight = static_cast<const A*>(args.peak) + strip * kStrip<A>;
+  const VecOf<A> w0 = load(weight), w1 = load(weight + kLanes<A>);
+  for (int64_t f = 0; f < args.logits.features; ++f, e += kStrip<A>, sums += kLanes<A>) {
+    store(sums, fma(load(e + kLanes<A>), w1, fma(load(e), w0, load(sums))));
+  }
 }
 
 template <typename A, bool kPairs>
-void pack_rows(const Logits& logits, const Chunk& chunk, int64_t strip, int64_t begin, int64_t end, void* to) {
-  constexpr int pair = kPairs ? 2 : 1;
-  const RowRange rows{&logits, false, chunk.begin + strip * kStrip<A>, rows_of_strip<A>(chunk, strip)};
-  pack_along_rows<A, kPairs>(
-      rows, kStrip<A>, begin, end, chunk.strips * kStrip<A> / pair * kStrip<A>,
-      static_cast<A*>(to) + strip * kStrip<A> / pair * kStrip<A>);
-}
+void combine_strip(const SharedForwardArgs& args, int64_t strip);
 
 template <typename A>
 inline void keep_strip(const SharedForwardArgs& args, int64_t row, int64_t feature, int64_t features, const A* z) {
   const KeptStrip<A> at(args.logits.features, args.kept_rows, row, feature);
-  A* kept = static_cast<A*>(args.kept) + at.offset;
   const int64_t rows = min_of(kStrip<A>, args.kept_rows - row);
-  for (int64_t f = 0; f < features; ++f) {
-    for (int j = 0; j < 2; ++j) {
-      const VecOf<A> v = load(z + f * kStrip<A> + j * kLanes<A>);
-      const int64_t left = rows - j * kLanes<A>;
-      if (left >= kLanes<A>) {
-        store(kept + f * at.width + j * kLanes<A>, v);
-      } else if (left > 0) {
-        store_part(kept + f * at.width + j * kLanes<A>, v, static_cast<int>(left));
+  with_kept<A>(args.kept_type, args.kept, at.offset, [&](auto* kept) {
+    for (int64_t f = 0; f < features; ++f) {
+      for (int j = 0; j < 2; ++j) {
+        const VecOf<A> v = load(z + f * kStrip<A> + j * kLanes<A>);
+        const int64_t left = rows - j * kLanes<A>;
+        if (left >= kLanes<A>) {
+          store(kept + f * at.width + j * kLanes<A>, v);
+        } else if (left > 0) {
+          store_part(kept + f * at.width + j * kLanes<A>, v, static_cast<int>(left));
+        }
       }
     }
-  }
+  });
 }
 
 // The logits of a block of features for a group of rows, and with the last channels what is wanted of them.
@@ -114,9 +113,12 @@ void forward_task(const SharedForwardArgs& args, int64_t block, int64_t group, v
   pack_by_rows<A, kPairs>(RowRange{&logits, true, begin, features}, args.depth_begin, args.depth_end, weights);
   int32_t* fired = args.fired == nullptr ? nullptr : args.fired + group * logits.features + begin;
   for (int64_t f = 0; last && fired != nullptr && f < features; ++f) fired[f] = 0;
+  A* probs = args.prob_sums == nullptr ? nullptr : z + logits.block * strip;
+  for (int64_t i = 0; probs != nullptr && i < features * kLanes<A>; i += kLanes<A>) store(probs + i, VecOf<A>{});
   const int64_t end = min_of((group + 1) * group_strips, args.chunk.strips);
   for (int64_t s = group * group_strips; s < end; ++s) {
-    A* tile = args.tile == nullptr ? nullptr : static_cast<A*>(args.tile) + (s * logits.features + begin) * strip;
+    A* tile = args.tile == nullptr ? z : static_cast<A*>(args.tile) + (s * logits.features + begin) * strip;
+    if (args.whole) pack_transposed<A, kPairs>(logits, args.chunk, s, 0, logits.channels, args.packed);
     logits_tile<A, kPairs>(
         logits, weights, packed_strip<A, kPairs>(logits, args.packed, s),
         packed_depth<A, kPairs>(args.depth_end - args.depth_begin), begin, features,
@@ -136,6 +138,8 @@ void forward_task(const SharedForwardArgs& args, int64_t block, int64_t group, v
           static_cast<A*>(args.dot) + lane);
       clear_lanes<A>(tile, features, rows_of_strip<A>(args.chunk, s));
     }
+    if (args.whole) combine_strip<A, kPairs>(args, s);
+    if (probs != nullptr) add_probs<A>(args, s, tile, probs);
     if (args.matrix != nullptr && args.peak == nullptr) {
       for (int64_t i = 0; i < features * strip; i += kLanes<A>) {
         const VecOf<A> v = load(z + i);
@@ -145,6 +149,9 @@ void forward_task(const SharedForwardArgs& args, int64_t block, int64_t group, v
         tile_to_matrix<A>(z, rows_of_strip<A>(args.chunk, s), features, to, logits.features);
       });
     }
+  }
+  for (int64_t f = 0; probs != nullptr && f < features; ++f) {
+    static_cast<A*>(args.prob_sums)[group * features + f] = sum_lanes(load(probs + f * kLanes<A>));
   }
 }
 
@@ -170,7 +177,7 @@ void combine_strip(const SharedForwardArgs& args, int64_t strip) {
     for (int64_t b = 0; b < blocks; ++b) {
       const VecOf<A> block_peak = load(peaks + b * step);
       const VecOf<A> shift = block_peak == -kInfinity<A> ? VecOf<A>{} : block_peak - peak;
-      const VecOf<A> factor = exp_nonpositive<A>(shift);
+      const VecOf<A> factor = exp_bounded<A>(bounded_below<A>(shift));
       const VecOf<A> block_sum = load(static_cast<const A*>(args.sum) + b * step + lane);
       const VecOf<A> block_dot = load(static_cast<const A*>(args.dot) + b * step + lane);
       sum = fma(factor, block_sum, sum);
@@ -185,7 +192,7 @@ void combine_strip(const SharedForwardArgs& args, int64_t strip) {
     store(static_cast<A*>(args.row_lse) + row, lse);
     store(static_cast<A*>(args.row_entropy) + row, log_sum - dot / sum);
     for (int64_t b = 0; b < blocks; ++b) {
-      const VecOf<A> scale = weight * exp_nonpositive<A>(load(peaks + b * step) - peak) / sum;
+      const VecOf<A> scale = weight * exp_bounded<A>(bounded_below<A>(load(peaks + b * step) - peak)) / sum;
       store(peaks + b * step, weight == 0 ? VecOf<A>{} : scale);  // lanes without a row
     }
   }
@@ -205,6 +212,13 @@ void column_sums(const SharedForwardArgs& args, int64_t begin, int64_t end) {
     }
   }
   if (args.peak == nullptr) return;
+  if (args.prob_sums != nullptr) {
+    const A* from = static_cast<const A*>(args.prob_sums);
+    for (int64_t f = begin; f < end; ++f) {
+      for (int64_t g = 0; g < groups; ++g) static_cast<A*>(args.prob_sum)[f] += from[g * logits.features + f];
+    }
+    return;
+  }
   const A* weights = static_cast<const A*>(args.peak) + begin / logits.block * args.chunk.strips * strip;
   A* sums = static_cast<A*>(args.prob_sum);
   for (int64_t f = begin; f < end; f += step) {

@@ -20,7 +20,7 @@ constexpr cpu::SharedKernels kKernels = {
     dots_task<A, kPairs>,
     combine_dots<A, kPairs>,
     gradient_task<A, kPairs>,
-    write_row<A, kPairs>,
+    write_rows<A, kPairs>,
     write_sums<A, kPairs>,
 };
 

@@ -467,25 +467,34 @@ inline VecOf<A> exp_lanes(VecOf<A> x) {
   return result * scale_low * scale_high;
 }
 
-// e^x where x <= 0 but for rounding; NaN stays NaN. Cheaper than exp_lanes where there is an instruction for the last
-// step; its error grows by the rounding of x / ln 2, which is that of an x that was computed.
+// x, or where it is less what exp_bounded makes 0 of; NaN stays NaN.
 template <typename A>
-inline VecOf<A> exp_nonpositive(VecOf<A> x) {
+inline VecOf<A> bounded_below(VecOf<A> x) {
+  constexpr A low = ExpConstants<A>::low;
+#if defined(FUSEFEAT_ISA_AVX512)
+  // The second operand is what max gives for a NaN.
+  if constexpr (sizeof(A) == sizeof(float)) return (FloatVec)_mm512_max_ps(_mm512_set1_ps(low), (__m512)x);
+#endif
+  return x < low ? splat<A>(low) : x;
+}
+
+// e^x where x <= 0 but for rounding and bounded_below; NaN stays NaN. Cheaper than exp_lanes where there are
+// instructions for the first and last steps; its error grows by the rounding of x / ln 2, which is that of an x that
+// was computed.
+template <typename A>
+inline VecOf<A> exp_bounded(VecOf<A> x) {
 #if defined(FUSEFEAT_ISA_AVX512)
   if constexpr (sizeof(A) == sizeof(float)) {
-    // The second operand is what max gives for a NaN.
-    x = (FloatVec)_mm512_max_ps(_mm512_set1_ps(-104.0f), (__m512)x);
     const FloatVec t = x * 0x1.715476p+0f;  // 2^t
-    const FloatVec n = (FloatVec)_mm512_roundscale_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const FloatVec r = t - n;
-    FloatVec p = splat<float>(0x1.4440a4p-13f);
-    p = fma(p, r, splat<float>(0x1.5f095cp-10f));
-    p = fma(p, r, splat<float>(0x1.3b2a1ap-7f));
-    p = fma(p, r, splat<float>(0x1.c6af6cp-5f));
-    p = fma(p, r, splat<float>(0x1.ebfbep-3f));
-    p = fma(p, r, splat<float>(0x1.62e43p-1f));
+    const FloatVec r = (FloatVec)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    FloatVec p = splat<float>(0x1.c54176p-13f);
+    p = fma(p, r, splat<float>(0x1.46d64cp-10f));
+    p = fma(p, r, splat<float>(0x1.3d0b92p-7f));
+    p = fma(p, r, splat<float>(0x1.c68912p-5f));
+    p = fma(p, r, splat<float>(0x1.ebfd58p-3f));
+    p = fma(p, r, splat<float>(0x1.62e42cp-1f));
     p = fma(p, r, splat<float>(1.0f));
-    return (FloatVec)_mm512_scalef_ps((__m512)p, (__m512)n);
+    return (FloatVec)_mm512_scalef_ps((__m512)p, (__m512)t);  // by its integer part
   }
 #endif
   return exp_lanes<A>(x);

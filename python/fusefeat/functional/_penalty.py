@@ -42,11 +42,11 @@ def row_statistics(function: str, logits: Logits, backend: str | None, with_clam
     return operators.operator("shared_penalty", chosen)(*logits, with_clamp, keep)[:5]
 
 
-def _rows_to_keep(logits: Logits, backend: str) -> int:
+def _rows_to_keep(logits: Logits, backend: str, kept: torch.dtype | None = None) -> int:
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return 0
     sizes = logits.rows, logits.features, logits.weight.shape[1]
-    return operators.rows_to_keep(*sizes, logits.input.dtype, backend, logits.operand)
+    return operators.rows_to_keep(*sizes, logits.input.dtype, backend, logits.operand, kept)
 
 
 def finished_scalars(
@@ -58,7 +58,8 @@ def finished_scalars(
     """Penalty and regulariser (empty without ``reg``, its scale and shift) from the operator that finishes both."""
     checks.no_forward_mode(function, *logits)
     scale, shift = (0.0, 0.0) if reg is None else reg
-    args = (*logits[:5], logits.operand, *factors, reg is not None, scale, shift, _rows_to_keep(logits, "cpu"))
+    keep = _rows_to_keep(logits, "cpu", shared_loss.kept_dtype(logits.input.dtype, reg is not None))
+    args = (*logits[:5], logits.operand, *factors, reg is not None, scale, shift, keep)
     return shared_loss.operator("shared_loss")(*args)[:2]
 
 

@@ -129,8 +129,9 @@ def shared_penalty(
     maximisation of MSN (Assran et al. 2022), the codebook entropy loss of lookup-free quantisers (Yu et al. 2024).
 
     Memory beyond inputs, parameters and their gradients is O(N + F) plus at most 64 MiB. On the CPU the backward
-    finds up to 32 MiB of the logits kept (less beside features so many that 256 rows of logits take over 16 MiB, none
-    with fewer than 32 channels and over 8 MiB of logits) and recomputes those of the other rows:
+    finds up to 31 MiB of the logits kept (less beside features so many that 256 rows of logits take over 16 MiB, none
+    with fewer than 32 channels and over 8 MiB of logits; of bfloat16 inputs in bfloat16 when nothing but the scalar is
+    asked for) and recomputes those of the other rows:
     ``fusefeat.ops.shared_penalty.rows_to_keep``.
 
     Args:

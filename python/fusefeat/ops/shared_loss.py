@@ -65,13 +65,19 @@ def _operators(ops: Any) -> dict[str, Operator]:
     }
 
 
+def kept_dtype(dtype: torch.dtype, with_reg: bool) -> torch.dtype:
+    """What kept logits are stored in: bfloat16 where plain PyTorch's are, too, unless they are compared with margin."""
+    return torch.bfloat16 if dtype == torch.bfloat16 and not with_reg else acc_dtype(dtype)
+
+
 def _fake_loss(
     context: Any, input: Tensor, weight: Tensor, bias: Any, margin: float, operand: int, entropy_weight: float,
     balance_weight: float, with_reg: bool, reg_scale: float, reg_shift: float, keep_rows: Any,
 ) -> Any:  # fmt: skip
     acc, rows, features = acc_dtype(input.dtype), row_count(context, input), weight.shape[0]
-    shapes = [(), () if with_reg else (0,), (rows,), (rows,), (features,), (keep_rows, features) if keep_rows else (0,)]
-    return tuple(input.new_empty(shape, dtype=acc) for shape in shapes)
+    shapes = [(), () if with_reg else (0,), (rows,), (rows,), (features,)]
+    kept = input.new_empty((keep_rows, features) if keep_rows else (0,), dtype=kept_dtype(input.dtype, with_reg))
+    return *(input.new_empty(shape, dtype=acc) for shape in shapes), kept
 
 
 def _fake_loss_backward(

@@ -16,17 +16,24 @@ from .native import NativeOperators
 
 # Logits that the forward keeps for its backward, in bytes: at most so many, and with the tile of logits that the
 # kernels have in scratch at one time (256 rows) at most SHARED_BYTES, which leaves the rest of the 64 MiB to packed
-# operands and partial sums.
-KEPT_BYTES = 32 * 2**20
+# operands and partial sums. The C library's allocator has new pages for each block of 32 MiB or more.
+KEPT_BYTES = 31 * 2**20
 SHARED_BYTES = 48 * 2**20
 # With fewer channels than this the product costs less than fresh memory for its result, unless that is small.
 FEW_CHANNELS, FEW_BYTES = 32, 8 * 2**20
 
 
 def rows_to_keep(
-    rows: int, features: int, channels: int, dtype: torch.dtype, backend: str = "cpu", operand: int = 0
+    rows: int,
+    features: int,
+    channels: int,
+    dtype: torch.dtype,
+    backend: str = "cpu",
+    operand: int = 0,
+    kept: torch.dtype | None = None,
 ) -> int:
-    """How many rows' logits are kept for the backward: as many as the memory bound allows, the others are recomputed.
+    """How many rows' logits are kept for the backward, in the type ``kept`` (the accumulation type when None): as many
+    as the memory bound allows, the others are recomputed.
 
     Measured on two cores, forward+backward with all logits kept takes 0.77 (8192x128->1024) and with a quarter of
     them 0.93 (4096x256->8192) of the time without any; with 16 channels it takes 1.19 (8192x16->1024).
@@ -38,9 +45,11 @@ def rows_to_keep(
     if backend != "cpu":
         half = operand != 0 or dtype.itemsize == 2
         return 0 if rows * row_bytes > KEPT_BYTES or (backend == "triton" and half) else rows
+    room = max(min(KEPT_BYTES, SHARED_BYTES - min(rows, 256) * row_bytes), 0)
+    if kept is not None:
+        row_bytes = features * kept.itemsize
     if channels < FEW_CHANNELS and rows * row_bytes > FEW_BYTES:
         return 0
-    room = max(min(KEPT_BYTES, SHARED_BYTES - min(rows, 256) * row_bytes), 0)
     return rows if rows * row_bytes <= room else room // row_bytes // 64 * 64
 
 

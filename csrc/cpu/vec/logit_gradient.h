@@ -1,0 +1,270 @@
+// Backward: logits again where they were not kept, sums over their probabilities, and their gradient.
+#pragma once
+
+#include "logits.h"
+
+namespace fusefeat {
+namespace {
+
+using cpu::Gradient;
+using cpu::SharedBackwardArgs;
+
+// Two vectors of per-row values of one strip; zeros without an array.
+template <typename A>
+struct Lanes {
+  VecOf<A> v[2];
+
+  Lanes(const void* array, int64_t row) {
+    for (int j = 0; j < 2; ++j) {
+      v[j] = array == nullptr ? VecOf<A>{} : load(static_cast<const A*>(array) + row + j * kLanes<A>);
+    }
+  }
+};
+
+// A tile of logits (or of probabilities) of one strip, rows of it `stride` apart.
+template <typename T>
+struct Tile {
+  const T* data;
+  int64_t stride;
+};
+
+// Calls body with the tile of logits. Kept rows that do not fill their strip are copied to `scratch`.
+template <typename A, typename Body>
+inline void with_logits(
+    const SharedBackwardArgs& args, int64_t strip, int64_t begin, int64_t features, A* scratch, const Body& body) {
+  constexpr int width = kStrip<A>, lanes = kLanes<A>;
+  if (args.kept == nullptr) {
+    const A* tile = static_cast<const A*>(args.tile) + (strip * args.logits.features + begin) * width;
+    return body(Tile<A>{tile, width});
+  }
+  const KeptStrip<A> at(args.logits.features, args.kept_rows, args.chunk.begin + strip * width, begin);
+  const int64_t rows = rows_of_strip<A>(args.chunk, strip);
+  with_kept<A>(args.kept_type, const_cast<void*>(args.kept), at.offset, [&]<typename T>(const T* kept) {
+    if (rows == width) return body(Tile<T>{kept, at.width});
+    for (int64_t f = 0; f < features; ++f) {
+      for (int j = 0; j < 2; ++j) {
+        const int64_t left = rows - j * lanes;
+        const T* from = kept + f * at.width + j * lanes;
+        const VecOf<A> v = left >= lanes ? load(from) : left > 0 ? load_part(from, static_cast<int>(left)) : VecOf<A>{};
+        store(scratch + f * width + j * lanes, v);
+      }
+    }
+    body(Tile<A>{scratch, width});
+  });
+}
+
+template <typename A>
+inline void matrix_block(
+    const SharedBackwardArgs& args, const Matrix& matrix, int64_t strip, int64_t begin, int64_t features, A* tile) {
+  const int64_t row = args.chunk.begin + strip * kStrip<A>;
+  matrix_to_tile<A>(matrix, row, rows_of_strip<A>(args.chunk, strip), begin, features, tile);
+}
+
+// Where a block's sums of a strip begin; those of the next kind come after all blocks of this one.
+template <typename A>
+struct Dots {
+  A *of_terms, *of_grads, *of_probs;
+
+  Dots(const SharedBackwardArgs& args, int64_t block, int64_t strip) {
+    const int64_t step = blocks_of(args.logits.features, args.logits.block) * args.chunk.strips * kStrip<A>;
+    of_grads = static_cast<A*>(args.dots) + (block * args.chunk.strips + strip) * kStrip<A>;
+    of_terms = of_grads + step;
+    of_probs = of_terms + step;
+  }
+};
+
+// Per lane: sums over the features of P t, P g and P, of logits, where dz = P (t - mean of t).
+template <typename A, typename T>
+inline void logits_dots(
+    const SharedBackwardArgs& args, int64_t strip, int64_t begin, int64_t features, Tile<T> z, Dots<A> dots) {
+  constexpr int lanes = kLanes<A>;
+  const int64_t row = args.chunk.begin + strip * kStrip<A>;
+  const Lanes<A> lse(args.row_lse, row), log_scale(args.row_log_scale, row), offset(args.row_offset, row);
+  const Lanes<A> prob_scale(args.row_prob_scale, row);
+  const A* grads = args.grad_prob_sum == nullptr ? nullptr : static_cast<const A*>(args.grad_prob_sum) + begin;
+  VecOf<A> terms[2] = {}, products[2] = {}, probs[2] = {};
+  for (int64_t f = 0; f < features; ++f) {
+    const VecOf<A> g = grads == nullptr ? VecOf<A>{} : splat<A>(grads[f]);
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      const VecOf<A> log_p = bounded_below<A>(load(z.data + f * z.stride + j * lanes) - lse.v[j]);
+      const VecOf<A> p = exp_bounded<A>(log_p);
+      const VecOf<A> t = fma(prob_scale.v[j], g, fma(log_scale.v[j], log_p, offset.v[j]));
+      terms[j] += p == 0 ? VecOf<A>{} : p * t;
+      products[j] += p == 0 ? VecOf<A>{} : p * g;
+      probs[j] += p;
+    }
+  }
+  for (int j = 0; j < 2; ++j) {
+    store(dots.of_terms + j * lanes, terms[j]);
+    store(dots.of_grads + j * lanes, products[j]);
+    store(dots.of_probs + j * lanes, probs[j]);
+  }
+}
+
+// sum_f P g of a given assignment and gradient matrix.
+template <typename A>
+inline void matrix_dots(
+    const SharedBackwardArgs& args, int64_t strip, int64_t begin, int64_t features, A* scratch, A* dots) {
+  constexpr int lanes = kLanes<A>;
+  A* grads = scratch + features * kStrip<A>;
+  matrix_block<A>(args, args.assignment, strip, begin, features, scratch);
+  matrix_block<A>(args, args.grad, strip, begin, features, grads);
+  for (int j = 0; j < 2; ++j) {
+    VecOf<A> sum{};
+    for (int64_t i = j * lanes; i < features * kStrip<A>; i += kStrip<A>) {
+      const VecOf<A> p = load(scratch + i);
+      sum += p == 0 ? VecOf<A>{} : p * load(grads + i);
+    }
+    store(dots + j * lanes, sum);
+  }
+}
+
+// Logits of a block of features for a group of rows, into the chunk's tile.
+template <typename A, bool kPairs>
+void logits_task(const SharedBackwardArgs& args, int64_t block, int64_t group, void* scratch) {
+  const Logits& logits = args.logits;
+  const int64_t begin = block * logits.block, features = min_of(logits.block, logits.features - begin);
+  const int64_t group_strips = logits.group / kStrip<A>;
+  const bool last = args.depth_end == logits.channels;
+  A* weights = static_cast<A*>(scratch);
+  A* z = weights + packed_weight_length<A, kPairs>(logits);
+  pack_by_rows<A, kPairs>(RowRange{&logits, true, begin, features}, args.depth_begin, args.depth_end, weights);
+  const int64_t end = min_of((group + 1) * group_strips, args.chunk.strips);
+  for (int64_t s = group * group_strips; s < end; ++s) {
+    A* tile = static_cast<A*>(args.tile) + (s * logits.features + begin) * kStrip<A>;
+    logits_tile<A, kPairs>(
+        logits, weights, packed_strip<A, kPairs>(logits, args.packed, s),
+        packed_depth<A, kPairs>(args.depth_end - args.depth_begin), begin, features,
+        args.depth_begin == 0 ? nullptr : tile, last, z);
+    // By way of a tile in cache: stores that miss hold up the products.
+    for (int64_t i = 0; i < features * kStrip<A>; i += kLanes<A>) store(tile + i, load(z + i));
+    if (last && args.dots != nullptr) {
+      logits_dots<A>(args, s, begin, features, Tile<A>{z, kStrip<A>}, Dots<A>(args, block, s));
+    }
+  }
+}
+
+template <typename A, bool kPairs>
+void dots_task(const SharedBackwardArgs& args, int64_t block, int64_t group, void* scratch) {
+  const Logits& logits = args.logits;
+  const int64_t begin = block * logits.block, features = min_of(logits.block, logits.features - begin);
+  const int64_t group_strips = logits.group / kStrip<A>;
+  const int64_t end = min_of((group + 1) * group_strips, args.chunk.strips);
+  for (int64_t s = group * group_strips; s < end; ++s) {
+    const Dots<A> to(args, block, s);
+    if (args.kind == Gradient::assignment) {
+      matrix_dots<A>(args, s, begin, features, static_cast<A*>(scratch), to.of_grads);
+    } else {
+      with_logits<A>(args, s, begin, features, static_cast<A*>(scratch), [&](auto z) {
+        logits_dots<A>(args, s, begin, features, z, to);
+      });
+    }
+  }
+}
+
+template <typename A, bool kPairs>
+void combine_dots(const SharedBackwardArgs& args, int64_t strip) {
+  const int64_t blocks = blocks_of(args.logits.features, args.logits.block), row = args.chunk.begin + strip * kStrip<A>;
+  for (int j = 0; j < 2; ++j) {
+    const int64_t at = row + j * kLanes<A>, lane = j * kLanes<A>;
+    A* offset = static_cast<A*>(args.row_offset) + at;
+    VecOf<A> dot{}, terms{}, probs{};
+    for (int64_t b = 0; b < blocks; ++b) dot += load(Dots<A>(args, b, strip).of_grads + lane);
+    store(static_cast<A*>(args.row_dot) + at, dot);
+    if (args.kind == Gradient::assignment) {
+      store(offset, -load(static_cast<const A*>(args.row_prob_scale) + at) * dot);
+      continue;
+    }
+    // The mean over the very probabilities that it is taken off from, whose sum is 1 but for the rounding of lse:
+    // what is left of that would tilt all gradients of a row the same way.
+    for (int64_t b = 0; b < blocks; ++b) {
+      terms += load(Dots<A>(args, b, strip).of_terms + lane);
+      probs += load(Dots<A>(args, b, strip).of_probs + lane);
+    }
+    VecOf<A> shift{};
+    if (args.kept != nullptr && args.kept_type == Scalar::bf16) {
+      // Rounded logits have an lse of their own, without which their probabilities do not sum to 1.
+      for (int i = 0; i < kLanes<A>; ++i) shift[i] = log_one(probs[i]);
+      A* lse = static_cast<A*>(args.row_lse) + at;
+      store(lse, load(lse) + shift);
+      shift *= load(static_cast<const A*>(args.row_log_scale) + at);
+    }
+    const VecOf<A> lse_grad = load(static_cast<const A*>(args.row_lse_grad) + at);
+    store(offset, load(offset) - terms / probs + shift + lse_grad);
+  }
+}
+
+// The gradient of the logits times margin, of one strip, from given logits; `grads` for activation.
+template <typename A, typename T>
+inline void gradient_from_logits(
+    const SharedBackwardArgs& args, int64_t strip, int64_t begin, int64_t features, Tile<T> z, const A* grads, A* to) {
+  constexpr int lanes = kLanes<A>;
+  const int64_t row = args.chunk.begin + strip * kStrip<A>;
+  const A margin = static_cast<A>(args.logits.margin);
+  if (args.kind == Gradient::activation) {
+    for (int64_t f = 0; f < features; ++f) {
+      for (int j = 0; j < 2; ++j) {
+        const VecOf<A> g = margin * load(grads + f * kStrip<A> + j * lanes);
+        store(to + f * kStrip<A> + j * lanes, load(z.data + f * z.stride + j * lanes) > margin ? g : VecOf<A>{});
+      }
+    }
+    return;
+  }
+  const Lanes<A> excess(args.row_excess_grad, row);
+  if (args.kind == Gradient::clamp) {
+    for (int64_t f = 0; f < features; ++f) {
+      for (int j = 0; j < 2; ++j) {
+        const VecOf<A> v = load(z.data + f * z.stride + j * lanes);
+        store(to + f * kStrip<A> + j * lanes, v > margin ? excess.v[j] : VecOf<A>{});
+      }
+    }
+    return;
+  }
+  const Lanes<A> lse(args.row_lse, row), log_scale(args.row_log_scale, row), offset(args.row_offset, row);
+  const Lanes<A> prob_scale(args.row_prob_scale, row);
+  const A* prob_grads = args.grad_prob_sum == nullptr ? nullptr : static_cast<const A*>(args.grad_prob_sum) + begin;
+  for (int64_t f = 0; f < features; ++f) {
+    const VecOf<A> g = prob_grads == nullptr ? VecOf<A>{} : splat<A>(prob_grads[f]);
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      const VecOf<A> v = load(z.data + f * z.stride + j * lanes);
+      const VecOf<A> log_p = bounded_below<A>(v - lse.v[j]);
+      const VecOf<A> p = exp_bounded<A>(log_p);
+      const VecOf<A> t = fma(prob_scale.v[j], g, fma(log_scale.v[j], log_p, offset.v[j]));
+      VecOf<A> d = p == 0 ? VecOf<A>{} : p * t;
+      if (args.row_excess_grad != nullptr) d += v > margin ? excess.v[j] : VecOf<A>{};
+      store(to + f * kStrip<A> + j * lanes, d);
+    }
+  }
+}
+
+// The same from whatever there is.
+template <typename A>
+inline void logit_gradient(
+    const SharedBackwardArgs& args, int64_t strip, int64_t begin, int64_t features, A* scratch, A* to) {
+  constexpr int lanes = kLanes<A>;
+  A* grads = scratch + features * kStrip<A>;
+  if (args.kind == Gradient::assignment || args.kind == Gradient::activation) {
+    matrix_block<A>(args, args.grad, strip, begin, features, grads);
+  }
+  if (args.kind == Gradient::assignment) {
+    matrix_block<A>(args, args.assignment, strip, begin, features, scratch);
+    const int64_t row = args.chunk.begin + strip * kStrip<A>;
+    const Lanes<A> offset(args.row_offset, row), scale(args.row_prob_scale, row);
+    for (int64_t i = 0; i < features * kStrip<A>; i += kStrip<A>) {
+      for (int j = 0; j < 2; ++j) {
+        const VecOf<A> p = load(scratch + i + j * lanes);
+        const VecOf<A> d = p * fma(scale.v[j], load(grads + i + j * lanes), offset.v[j]);
+        store(to + i + j * lanes, p == 0 ? VecOf<A>{} : d);
+      }
+    }
+    return;
+  }
+  with_logits<A>(args, strip, begin, features, scratch, [&](auto z) {
+    gradient_from_logits<A>(args, strip, begin, features, z, grads, to);
+  });
+}
+
+}  // namespace
+}  // namespace fusefeat
