@@ -276,3 +276,17 @@ def test_only_the_gradient_of_rows_that_share_a_vector_with_the_context() -> Non
     ]
     for grad in grads[1:]:
         torch.testing.assert_close(grad, grads[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_of_one_feature_alone_have_no_gradient(backend: str) -> None:
+    """With every row saturated P is constant; eager's gradients are 0 as well, however large the margin."""
+    torch.manual_seed(0)
+    rows, weight = torch.randn(4, 3), torch.randn(5, 3)
+    for margin in (1e4, 1e6):
+        leaf = rows.clone().requires_grad_()
+        assignment = fusefeat.shared_assignment(leaf, None, weight, margin=margin, backend=backend)
+        assert (assignment.max(1).values == 1).all()
+        assert torch.autograd.grad(assignment, leaf, torch.randn(4, 5))[0].abs().max() == 0
+        penalty = fusefeat.shared_penalty(leaf, None, weight, margin=margin, backend=backend)
+        assert torch.autograd.grad(penalty, leaf)[0].abs().max() == 0

@@ -117,7 +117,7 @@ void run_chunks(
   args.row_offset = data(wishes.offset);
   args.row_prob_scale = data(wishes.prob_scale);
   args.row_excess_grad = data(wishes.excess_grad);
-  args.row_lse_grad = data(wishes.lse_grad);
+  args.row_mean = data(wishes.mean);
   args.row_dot = data(wishes.row_dot);
   if (wishes.grad != nullptr) args.grad = matrix_of(*wishes.grad);
   if (wishes.assignment != nullptr) args.assignment = matrix_of(*wishes.assignment);

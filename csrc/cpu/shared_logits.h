@@ -81,14 +81,14 @@ struct SharedBackwardArgs {
   void* dots;                 // three sums per feature block and lane, over the probabilities; or null
   const void* grad_prob_sum;  // acc [features], or null
   // acc [rows], padded to whole strips: dz = P (log_scale log P + offset + prob_scale grad_prob_sum) + excess_grad
-  // where z > margin. Given dots, offset then takes the mean over P of the terms away and lse_grad in; lse becomes that
-  // of kept logits that were rounded.
+  // where z > margin. Given dots, row_mean holds the gradient of lse, and then what is taken off each term: their mean
+  // over P less that gradient; lse becomes that of kept logits that were rounded.
   void* row_lse;
   const void* row_log_scale;
-  void* row_offset;
+  const void* row_offset;
   const void* row_prob_scale;
   const void* row_excess_grad;  // or null
-  const void* row_lse_grad;
+  void* row_mean;             // null without dots
   void* row_dot;      // sum of P grad_prob_sum
   Matrix grad;        // of the matrix-valued operators
   Matrix assignment;  // of shared_assignment

@@ -82,11 +82,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> shared_assignment_backward(
   check_shared_tensor(input, assignment, shape, "assignment");
   const SharedGradients grads(problem, context, input, weight, bias, needs);
   const Buffer scale = problem.gather(std::nullopt, 1, margin);
-  Buffer offset = problem.gather(std::nullopt, 0, 1), row_dots = problem.gather(std::nullopt, 0, 1);
+  Buffer row_dots = problem.gather(std::nullopt, 0, 1);
   BackwardWishes wishes;
   wishes.kind = cpu::Gradient::assignment;
   wishes.prob_scale = &scale;
-  wishes.offset = &offset;
   wishes.row_dot = &row_dots;
   wishes.grad = &grad;
   wishes.assignment = &assignment;

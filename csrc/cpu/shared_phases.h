@@ -62,8 +62,8 @@ void run_forward(const SharedProblem& problem, const ForwardWishes& wishes);
 struct BackwardWishes {
   Gradient kind;
   Buffer* lse = nullptr;
-  const Buffer *log_scale = nullptr, *prob_scale = nullptr, *excess_grad = nullptr, *lse_grad = nullptr;
-  Buffer *offset = nullptr, *row_dot = nullptr;  // row_dot: only when dots are needed
+  const Buffer *log_scale = nullptr, *prob_scale = nullptr, *excess_grad = nullptr, *offset = nullptr;
+  Buffer *mean = nullptr, *row_dot = nullptr;  // only when dots are needed
   const void* grad_prob_sum = nullptr;
   const Tensor *grad = nullptr, *assignment = nullptr;
   const void* kept = nullptr;

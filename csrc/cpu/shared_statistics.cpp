@@ -96,10 +96,12 @@ void shared_statistics_backward(
   wishes.log_scale = &log_scale;
   wishes.prob_scale = &prob_scale;
   wishes.offset = with_dots ? &offset : &lse_grads;
-  wishes.lse_grad = &lse_grads;
   wishes.grad_prob_sum = incoming.prob_sum.has_value() ? incoming.prob_sum->get() : nullptr;
   if (with_excess) wishes.excess_grad = &excess_grads;
-  if (with_dots) wishes.row_dot = &row_dots;
+  if (with_dots) {
+    wishes.mean = &lse_grads;
+    wishes.row_dot = &row_dots;
+  }
   wishes.kept = kept.const_data_ptr();
   wishes.kept_type = scalar_of(kept.scalar_type());
   wishes.kept_rows = problem.kept_rows(keep_rows);

@@ -168,14 +168,10 @@ void combine_dots(const SharedBackwardArgs& args, int64_t strip) {
   const int64_t blocks = blocks_of(args.logits.features, args.logits.block), row = args.chunk.begin + strip * kStrip<A>;
   for (int j = 0; j < 2; ++j) {
     const int64_t at = row + j * kLanes<A>, lane = j * kLanes<A>;
-    A* offset = static_cast<A*>(args.row_offset) + at;
     VecOf<A> dot{}, terms{}, probs{};
     for (int64_t b = 0; b < blocks; ++b) dot += load(Dots<A>(args, b, strip).of_grads + lane);
     store(static_cast<A*>(args.row_dot) + at, dot);
-    if (args.kind == Gradient::assignment) {
-      store(offset, -load(static_cast<const A*>(args.row_prob_scale) + at) * dot);
-      continue;
-    }
+    if (args.kind == Gradient::assignment) continue;
     // The mean over the very probabilities that it is taken off from, whose sum is 1 but for the rounding of lse:
     // what is left of that would tilt all gradients of a row the same way.
     for (int64_t b = 0; b < blocks; ++b) {
@@ -190,8 +186,8 @@ void combine_dots(const SharedBackwardArgs& args, int64_t strip) {
       store(lse, load(lse) + shift);
       shift *= load(static_cast<const A*>(args.row_log_scale) + at);
     }
-    const VecOf<A> lse_grad = load(static_cast<const A*>(args.row_lse_grad) + at);
-    store(offset, load(offset) - terms / probs + shift + lse_grad);
+    A* mean = static_cast<A*>(args.row_mean) + at;
+    store(mean, terms / probs - shift - load(mean));
   }
 }
 
@@ -222,7 +218,7 @@ inline void gradient_from_logits(
     return;
   }
   const Lanes<A> lse(args.row_lse, row), log_scale(args.row_log_scale, row), offset(args.row_offset, row);
-  const Lanes<A> prob_scale(args.row_prob_scale, row);
+  const Lanes<A> prob_scale(args.row_prob_scale, row), mean(args.row_mean, row);
   const A* prob_grads = args.grad_prob_sum == nullptr ? nullptr : static_cast<const A*>(args.grad_prob_sum) + begin;
   for (int64_t f = 0; f < features; ++f) {
     const VecOf<A> g = prob_grads == nullptr ? VecOf<A>{} : splat<A>(prob_grads[f]);
@@ -231,7 +227,8 @@ inline void gradient_from_logits(
       const VecOf<A> v = load(z.data + f * z.stride + j * lanes);
       const VecOf<A> log_p = bounded_below<A>(v - lse.v[j]);
       const VecOf<A> p = exp_bounded<A>(log_p);
-      const VecOf<A> t = fma(prob_scale.v[j], g, fma(log_scale.v[j], log_p, offset.v[j]));
+      // The very term that the mean was taken of: where one feature has all of P nothing is left.
+      const VecOf<A> t = fma(prob_scale.v[j], g, fma(log_scale.v[j], log_p, offset.v[j])) - mean.v[j];
       VecOf<A> d = p == 0 ? VecOf<A>{} : p * t;
       if (args.row_excess_grad != nullptr) d += v > margin ? excess.v[j] : VecOf<A>{};
       store(to + f * kStrip<A> + j * lanes, d);
@@ -251,11 +248,11 @@ inline void logit_gradient(
   if (args.kind == Gradient::assignment) {
     matrix_block<A>(args, args.assignment, strip, begin, features, scratch);
     const int64_t row = args.chunk.begin + strip * kStrip<A>;
-    const Lanes<A> offset(args.row_offset, row), scale(args.row_prob_scale, row);
+    const Lanes<A> dot(args.row_dot, row), scale(args.row_prob_scale, row);
     for (int64_t i = 0; i < features * kStrip<A>; i += kStrip<A>) {
       for (int j = 0; j < 2; ++j) {
         const VecOf<A> p = load(scratch + i + j * lanes);
-        const VecOf<A> d = p * fma(scale.v[j], load(grads + i + j * lanes), offset.v[j]);
+        const VecOf<A> d = p * scale.v[j] * (load(grads + i + j * lanes) - dot.v[j]);
         store(to + i + j * lanes, p == 0 ? VecOf<A>{} : d);
       }
     }
