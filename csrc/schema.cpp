@@ -20,6 +20,8 @@ STABLE_TORCH_LIBRARY(fusefeat, m) {
       "softmax_pool_backward(Tensor grad_out, Tensor? grad_weights, Tensor values, Tensor scores, Tensor? mask, "
       "Tensor? cu_seqlens, Tensor out, Tensor lse, Tensor weights, bool need_grad_values, bool need_grad_scores) "
       "-> (Tensor grad_values, Tensor grad_scores)");
+  // The product of two matrices, float32 or float64, the same for any number of threads. CPU only.
+  m.def("mm(Tensor a, Tensor b) -> Tensor");
 
   // Rows are those of context (when given), then those of input, addressed in place; logits are
   // z = margin * (row . weight^T + bias). operand: 0 multiplies the operands as they are, 1 rounds them to

@@ -302,6 +302,23 @@ def test_threads_and_repeats_change_no_bit(isa: str, kind: str) -> None:
         torch.set_num_threads(threads)
 
 
+PRODUCTS = [(1, 7, 5), (5, 128, 64), (67, 33, 130), (129, 1, 65), (3, 0, 4), (0, 3, 4), (2, 3, 0), (40, 600, 97)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", PRODUCTS, ids=str)
+def test_products_in_every_layout(isa: str, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    rows, depth, columns = shape
+    a, b = rand(rows, depth, dtype=dtype), rand(depth, columns, dtype=dtype)
+    want = a.double() @ b.double()
+    for left in (a, a.t().contiguous().t(), rand(rows, 2 * depth, dtype=dtype)[:, ::2].copy_(a)):
+        for right in (b, b.t().contiguous().t(), rand(2 * depth, columns + 3, dtype=dtype)[::2, :columns].copy_(b)):
+            error, size = rms(OPS.mm(left, right) - want), max(rms(want), 1e-30)
+            assert error <= (1e-6 if dtype == torch.float32 else 1e-14) * size
+    with pytest.raises(RuntimeError, match="mm takes"):
+        OPS.mm(a, torch.cat([b, b]) if depth else b.to(torch.bfloat16))
+
+
 def test_a_bag_is_the_same_wherever_it_stands(isa: str) -> None:
     call = packed([5, 9000, 300, 9000], 16)
     call.x[-9000:] = call.x[5:9005]

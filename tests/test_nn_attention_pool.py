@@ -142,6 +142,24 @@ def test_error_relative_to_the_published_layers_own(dtype: torch.dtype) -> None:
         assert error <= max((4 if i else 2) * own, floor), (i, error, own)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_bitwise_equal_over_threads(dtype: torch.dtype) -> None:
+    """A library's matrix products are not."""
+    torch.manual_seed(0)
+    layer = fusefeat.AttentionPool(48, 64, backend="cpu").to(dtype)
+    x, grad = torch.randn(5, 300, 48, dtype=dtype, requires_grad=True), torch.randn(5, 64, dtype=dtype)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 2):
+            torch.set_num_threads(count)
+            out = layer(x)
+            results.append([out.detach(), *torch.autograd.grad(out, [x, *layer.parameters()], grad)])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
+
+
 def test_half_inputs_with_float_parameters_and_autocast() -> None:
     layer, published = pair(torch.float32)
     x = torch.randn(2, 7, 6)

@@ -256,6 +256,12 @@ def test_opcheck(packed: bool, dtype: torch.dtype) -> None:
             torch.library.opcheck(backward.default, args)
 
 
+def test_opcheck_of_the_product() -> None:
+    a, b = torch.randn(3, 5, requires_grad=True), torch.randn(4, 5, requires_grad=True)
+    torch.library.opcheck(OPS.mm.default, (a, b.t()))
+    torch.library.opcheck(OPS.mm.default, (a.t(), a))
+
+
 def test_operators_refuse_bad_input_with_a_runtime_error() -> None:
     x, query = torch.randn(2, 5, 4), torch.randn(4)
     bad: list[tuple[Any, ...]] = [

@@ -307,6 +307,45 @@ std::tuple<Tensor, Tensor> softmax_pool_backward(
   return {grad_values, grad_scores};
 }
 
+// A library's product would depend on the number of threads.
+Tensor mm(Tensor a, Tensor b) {
+  const auto type = a.scalar_type();
+  STD_TORCH_CHECK(
+      (type == ScalarType::Float || type == ScalarType::Double) && b.scalar_type() == type,
+      "fusefeat: mm takes two matrices of float32 or of float64");
+  STD_TORCH_CHECK(
+      a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(0), "fusefeat: mm takes [M,N] and [N,K], got ", a.dim(),
+      "-D ", "and ", b.dim(), "-D tensors that do not fit");
+  // A row that is alone lies in order whatever its stride.
+  const auto in_order = [](const Tensor& t, int64_t dim) { return t.size(dim) <= 1 || t.stride(dim) == 1; };
+  if (!in_order(b, 1)) {
+    if (!in_order(b, 0))
+      b = torch::stable::contiguous(b);
+    else if (!in_order(a, 1))
+      a = torch::stable::contiguous(a);
+  }
+  Tensor out = new_tensor(a, {a.size(0), b.size(1)}, type);
+  cpu::ProductArgs args;
+  args.a = a.const_data_ptr();
+  args.b = b.const_data_ptr();
+  args.out = out.mutable_data_ptr();
+  args.rows = a.size(0);
+  args.depth = a.size(1);
+  args.columns = b.size(1);
+  args.a_row = a.stride(0);
+  args.a_column = a.stride(1);
+  args.b_row = b.stride(0);
+  args.b_column = in_order(b, 1) ? 1 : b.stride(1);
+  constexpr int64_t block = cpu::kProductBlock;
+  const PoolKernels& kernels = kernels_for(type);
+  const int64_t across = (args.columns + block - 1) / block, units = across * ((args.rows + block - 1) / block);
+  const int64_t bytes = args.rows * args.depth * args.columns / 8 * static_cast<int64_t>(a.element_size());
+  cpu::for_each_item(units, cpu::worker_count(units, bytes), [&](int64_t unit, int64_t) {
+    kernels.multiply(args, unit / across * block, unit % across * block);
+  });
+  return out;
+}
+
 }  // namespace
 }  // namespace fusefeat
 
@@ -315,4 +354,5 @@ STABLE_TORCH_LIBRARY_IMPL(fusefeat, CPU, m) {
   m.impl("attention_pool_backward", TORCH_BOX(&fusefeat::attention_pool_backward));
   m.impl("softmax_pool", TORCH_BOX(&fusefeat::softmax_pool));
   m.impl("softmax_pool_backward", TORCH_BOX(&fusefeat::softmax_pool_backward));
+  m.impl("mm", TORCH_BOX(&fusefeat::mm));
 }

@@ -76,6 +76,17 @@ struct BackwardArgs : PoolArgs {
   void* split_weight_dots = nullptr;
 };
 
+constexpr int64_t kProductBlock = 64;  // rows and columns of a product that are one piece of work
+
+// out = a b, [rows, depth] times [depth, columns], in acc. Either b's rows lie in memory one after the other, or its
+// columns and a's rows do.
+struct ProductArgs {
+  const void *a, *b;
+  void* out;
+  int64_t rows, depth, columns;
+  int64_t a_row, a_column, b_row, b_column;
+};
+
 struct PoolKernels {
   // `rows` x `count` elements of the token type to contiguous acc.
   void (*to_acc)(const void* from, int64_t row_stride, int64_t stride, int64_t rows, int64_t count, void* to);
@@ -91,6 +102,8 @@ struct PoolKernels {
   // Sums elements [begin, end) of grad_query_parts over `items` and stores them in x's type or in acc.
   void (*sum_query)(
       const void* parts, int64_t items, int64_t length, int64_t begin, int64_t end, bool to_acc, void* grad_query);
+  // The block of a product that begins at a row and a column.
+  void (*multiply)(const ProductArgs&, int64_t row, int64_t column);
 };
 
 const PoolKernels* pool_kernels_generic(TokenType type);

@@ -1,6 +1,7 @@
 // Both pools on the CPU: the kernels of one instruction set (see simd.h) and their table.
 #include "pool_backward.h"
 #include "pool_forward.h"
+#include "products.h"
 
 namespace fusefeat {
 namespace {
@@ -15,8 +16,17 @@ void convert_rows(const void* from, int64_t row_stride, int64_t stride, int64_t 
 
 template <typename T>
 constexpr cpu::PoolKernels kernels_of = {
-    convert_rows<T>,     forward_scratch<T>,  forward_item<T>,    combine_parts<T>, normalise_part<T>,
-    backward_scratch<T>, weight_dots_part<T>, weight_dots_sum<T>, backward_item<T>, sum_query<T>,
+    convert_rows<T>,
+    forward_scratch<T>,
+    forward_item<T>,
+    combine_parts<T>,
+    normalise_part<T>,
+    backward_scratch<T>,
+    weight_dots_part<T>,
+    weight_dots_sum<T>,
+    backward_item<T>,
+    sum_query<T>,
+    multiply<typename AccOf<T>::type>,
 };
 
 }  // namespace

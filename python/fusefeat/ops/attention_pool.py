@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .. import _library
 from ..reference import attention_pool as reference
@@ -107,7 +106,22 @@ def _fake_backward(grad_out: Tensor, grad_weights: Any, x: Tensor, other: Tensor
     return x.new_empty(x.shape if need_x else (0,)), other.new_empty(other.shape if need_other else (0,))
 
 
+def _fake_mm(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty((a.shape[0], b.shape[1]))
+
+
+def _save_mm(ctx: Any, inputs: Any, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _mm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    a, b = ctx.saved_tensors
+    return torch.mm(grad, b.t()), torch.mm(a.t(), grad)
+
+
 def _native() -> dict[str, Operator]:
+    torch.library.register_fake("fusefeat::mm", _fake_mm)
+    torch.library.register_autograd("fusefeat::mm", _mm_backward, setup_context=_save_mm)
     torch.library.register_fake("fusefeat::attention_pool", _fake_attention_pool)
     torch.library.register_fake("fusefeat::softmax_pool", _fake_softmax_pool)
     torch.library.register_fake("fusefeat::attention_pool_backward", _fake_backward)
@@ -139,6 +153,7 @@ def layer(backend: str) -> Operator:
     lse, weights and the query.
     """
     operator = pool("attention_pool", backend)
+    mm = torch.ops.fusefeat.mm.default if backend == "cpu" else torch.mm
 
     def forward(
         x: Tensor, weight_in: Tensor, bias_in: Any, weight_out: Tensor, bias_out: Any, mask: Any, cu: Any, need: bool
@@ -146,11 +161,11 @@ def layer(backend: str) -> Operator:
         acc = acc_dtype(x.dtype)
         with without_autocast(x):
             weight_in = weight_in.to(acc)
-            query = torch.mm(weight_out.to(acc), weight_in).squeeze(0)
+            query = mm(weight_out.to(acc), weight_in).squeeze(0)
             pooled, lse, weights = operator.forward(x, query, mask, cu, 1.0, need)
-            out = F.linear(pooled, weight_in, None if bias_in is None else bias_in.to(acc))
+            out = mm(pooled, weight_in.t())
             if bias_in is not None:
-                out.masked_fill_((lse == reference.NEG_INF).unsqueeze(1), 0.0)
+                out.add_(bias_in).masked_fill_((lse == reference.NEG_INF).unsqueeze(1), 0.0)
         return out, pooled, lse, weights, query
 
     def backward(
@@ -176,14 +191,15 @@ def layer(backend: str) -> Operator:
             inner = weight_in.to(acc)
             need_query = needs[1] or needs[3]
             grads[0], grad_query = operator.backward(
-                torch.mm(grad, inner), grad_weights, x, query, mask, cu, 1.0, pooled, lse, weights, needs[0], need_query
+                mm(grad, inner), grad_weights, x, query, mask, cu, 1.0, pooled, lse, weights, needs[0], need_query
             )
             if needs[1]:
-                grads[1] = torch.addmm(grad.t() @ pooled, weight_out.to(acc).t(), grad_query.unsqueeze(0))
+                grads[1] = mm(grad.t(), pooled).addcmul_(weight_out.to(acc).t(), grad_query.unsqueeze(0))
             if needs[2]:
-                grads[2] = torch.where((lse != reference.NEG_INF).unsqueeze(1), grad, 0.0).sum(0)
+                kept = torch.where((lse != reference.NEG_INF).unsqueeze(1), grad, 0.0)
+                grads[2] = mm(kept.new_ones(1, kept.shape[0]), kept).squeeze(0)
             if needs[3]:
-                grads[3] = torch.mv(inner, grad_query).unsqueeze(0)
+                grads[3] = mm(grad_query.unsqueeze(0), inner.t())
             if needs[4]:
                 grads[4] = torch.zeros_like(bias_out)
         parameters = (x, weight_in, bias_in, weight_out, bias_out)
