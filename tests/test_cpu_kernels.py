@@ -226,6 +226,9 @@ def bfloat16_borders() -> Iterator[Call]:
             yield padded(2, t, d, k, torch.bfloat16)
     yield packed((4095, 4096, 4097, 1, 0, 9001), 16, 2, torch.bfloat16)
     yield padded(2, 300, 64, 1025, torch.bfloat16)  # too many vectors for a cache
+    steep = padded(2, 3, 40, None, torch.bfloat16)  # what is computed for that row may be infinite
+    steep.query, steep.scale = steep.query * 4096, 1 / 4096
+    yield steep
     infinite = padded(2, 3, 40, None, torch.bfloat16)  # times the 0 of a row that is not there it would be NaN
     infinite.x[0, 2, 5], infinite.kinds = INF, ("softmax_pool",)
     yield infinite

@@ -43,6 +43,11 @@ PRODUCTS = rows(
     BORDERS,
     ("gradients that are no bfloat16", "active = !any_lane((IntOf<float>)lost);", "active = true;", UNROUNDED),
     (
+        "coefficients behind the last row",
+        "lanes_below<float>(r, list.count) ? value : FloatVec{};",
+        "lanes_below<float>(r, list.count + 1) ? value : FloatVec{};",
+    ),
+    (
         "an odd vector's partner",
         "const __m512i high = j + 1 < count ? load_wide(a + width + d) : __m512i{};",
         "const __m512i high = load_wide(a + d);",

@@ -116,7 +116,8 @@ struct PairProducts<BFloat16> {
       const int64_t rests = num_sums * ld / 2;
       for (int64_t k = 0; k < num_sums; ++k) {
         for (int64_t r = 0; r < list.count; r += 16) {
-          const FloatVec v = load(values + k * ld + r);  // behind the last row as finite as the last one's
+          const FloatVec value = load(values + k * ld + r);
+          const FloatVec v = lanes_below<float>(r, list.count) ? value : FloatVec{};
           const __m256i rounded = (__m256i)_mm512_cvtneps_pbh((__m512)v);
           uint32_t* to = coefficients + (k * ld + r) / 2;
           _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), rounded);
