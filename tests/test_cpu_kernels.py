@@ -229,8 +229,10 @@ def bfloat16_borders() -> Iterator[Call]:
     steep = padded(2, 3, 40, None, torch.bfloat16)  # what is computed for that row may be infinite
     steep.query, steep.scale = steep.query * 4096, 1 / 4096
     yield steep
+    # Twice the same infinite token, with a weight that is a bfloat16 and with one that is not.
     infinite = padded(2, 3, 40, None, torch.bfloat16)  # times the 0 of a row that is not there it would be NaN
-    infinite.x[0, 2, 5], infinite.kinds = INF, ("softmax_pool",)
+    infinite.x[:, 2, 5], infinite.kinds = INF, ("softmax_pool",)
+    infinite.scores[:, 2] = torch.tensor([4.0, 0.5])
     yield infinite
 
 

@@ -118,13 +118,16 @@ struct PairProducts<BFloat16> {
         for (int64_t r = 0; r < list.count; r += 16) {
           const FloatVec value = load(values + k * ld + r);
           const FloatVec v = lanes_below<float>(r, list.count) ? value : FloatVec{};
-          const __m256i rounded = (__m256i)_mm512_cvtneps_pbh((__m512)v);
+          __m256i part = (__m256i)_mm512_cvtneps_pbh((__m512)v);
           uint32_t* to = coefficients + (k * ld + r) / 2;
-          _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), rounded);
           if constexpr (kSplit) {
-            const FloatVec rest = v - (FloatVec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16);
+            // Cut off, and with a rest that is never 0, both parts have one sign: an infinite token stays infinite.
+            const FloatVec high = (FloatVec)((Simd<float>::U)v & 0xffff0000u);
+            const FloatVec rest = v == high ? v * 0x1p-40f : v - high;
+            part = _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)high, 16));
             _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + rests), (__m256i)_mm512_cvtneps_pbh((__m512)rest));
           }
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), part);
         }
       }
       int64_t d = 0;
