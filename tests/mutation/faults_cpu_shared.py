@@ -60,13 +60,13 @@ LOGIT_GRADIENT = rows(
     KERNELS,
     (
         "no term of log P",
-        "fma(log_scale.v[j], log_p, offset.v[j]));\n      VecOf<A> d",
-        "offset.v[j]);\n      VecOf<A> d",
+        "fma(log_scale.v[j], log_p, offset.v[j])) - mean.v[j];",
+        "offset.v[j]) - mean.v[j];",
     ),
     (
         "sign of the mean",
-        "load(offset) - terms / probs + shift + lse_grad);",
-        "load(offset) + terms / probs + shift + lse_grad);",
+        "store(mean, terms / probs - shift - load(mean));",
+        "store(mean, -terms / probs - shift - load(mean));",
     ),
     (
         "gradient at a tie",

@@ -1,7 +1,8 @@
 // The products of row_blocks.h where rows are bfloat16 and the processor multiplies pairs of bfloat16, adding both
 // products in float: twice the work per instruction, and no conversion of the rows. Query and incoming gradient are
 // bfloat16 already. Weights and gradients of scores become a bfloat16 and a second one for the rest where their sums
-// may cancel, and are rounded to one, as a matrix product in bfloat16 would, where they cannot.
+// may cancel, and are rounded to one, as a matrix product in bfloat16 would, where they cannot. These instructions take
+// numbers below the smallest normal one for 0.
 #pragma once
 
 #include "row_blocks.h"

@@ -217,7 +217,7 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, op: Operator, args: tuple[Any, ...], *variables: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
-            outputs = op.forward(*args)
+            outputs = _tuple(op.forward(*args))
         ctx.op = op
         op._save(ctx, args, outputs)
         return outputs
