@@ -88,10 +88,10 @@ struct SharedBackwardArgs {
   const void* row_offset;
   const void* row_prob_scale;
   const void* row_excess_grad;  // or null
-  void* row_mean;             // null without dots
-  void* row_dot;      // sum of P grad_prob_sum
-  Matrix grad;        // of the matrix-valued operators
-  Matrix assignment;  // of shared_assignment
+  void* row_mean;               // null without dots
+  void* row_dot;                // sum of P grad_prob_sum
+  Matrix grad;                  // of the matrix-valued operators
+  Matrix assignment;            // of shared_assignment
   // Partition of the gradient phase: `parts` ranges of feature blocks times `sums` ranges of groups.
   int64_t parts, sums;
   void* grad_rows;    // [parts][channels of the depth block / strip][rows of the chunk][strip] in acc, or null
