@@ -103,6 +103,7 @@ FAULTS = [
             "row length of the query's parts",
             "sums.row_channels = args.plan.padded_channels;",
             "sums.row_channels = sizes.channels;",
+            FILE,
         ),
     ),
 ]
