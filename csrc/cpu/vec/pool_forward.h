@@ -127,9 +127,10 @@ inline void forward_range(
           scratch.rescale[k] = softmax_step(scores + k * block.ld, block.count, scratch.peak[k], scratch.sum[k]);
         }
         const A* rescale = first ? nullptr : scratch.rescale;
-        // A few queries wait for memory anyway; with many the products are what takes the time.
+        // A few queries wait for memory anyway; with many the products are what takes the time. Given scores have no
+        // query, whose gradient is the sum that cancels.
         const bool done =
-            num_queries < 4
+            args.query != nullptr && num_queries < 4
                 ? scratch.pairs.template accumulate<true>(list, scores, block.ld, rescale, num_queries, out)
                 : scratch.pairs.template accumulate<false>(list, scores, block.ld, rescale, num_queries, out);
         if (!done) {
