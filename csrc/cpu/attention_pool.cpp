@@ -314,8 +314,7 @@ Tensor mm(Tensor a, Tensor b) {
       (type == ScalarType::Float || type == ScalarType::Double) && b.scalar_type() == type,
       "fusefeat: mm takes two matrices of float32 or of float64");
   STD_TORCH_CHECK(
-      a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(0), "fusefeat: mm takes [M,N] and [N,K], got ", a.dim(),
-      "-D ", "and ", b.dim(), "-D tensors that do not fit");
+      a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(0), "fusefeat: mm takes matrices [M,N] and [N,K]");
   // A row that is alone lies in order whatever its stride.
   const auto in_order = [](const Tensor& t, int64_t dim) { return t.size(dim) <= 1 || t.stride(dim) == 1; };
   if (!in_order(b, 1)) {

@@ -46,7 +46,7 @@ struct PairProducts<BFloat16> {
   BFloat16* vectors;       // [num_vectors][width], 0 behind the channels
   uint32_t* vector_pairs;  // [num_vectors / 2][width], when rows are to be combined of them
   uint32_t* wide;          // [num_vectors / 16][width / 2][16], pairs of channels, where there are many vectors
-  uint32_t* coefficients;  // pairs along the rows, or of two vectors
+  uint32_t* coefficients;  // [num_vectors][ld]: pairs along the rows and then their rests, or pairs of two vectors
 
   template <typename Arena>
   PairProducts(bool wanted, int64_t num_vectors, int64_t channels_, int64_t ld, bool combines, Arena& arena)
@@ -55,7 +55,7 @@ struct PairProducts<BFloat16> {
     vectors = arena.template take<BFloat16>(num_vectors * width);
     vector_pairs = arena.template take<uint32_t>(combines ? (num_vectors + 1) / 2 * width : 0);
     wide = arena.template take<uint32_t>(num_vectors < kLeastWide ? 0 : round_up(num_vectors, 16) * width / 2);
-    coefficients = arena.template take<uint32_t>((num_vectors + 1) / 2 * ld);
+    coefficients = arena.template take<uint32_t>(num_vectors * ld);
   }
 
   // Vectors [first, first + count) of those given. Where a value is not bfloat16, all products are the caller's.

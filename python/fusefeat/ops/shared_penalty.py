@@ -35,9 +35,6 @@ def rows_to_keep(
     """How many rows' logits are kept for the backward, in the type ``kept`` (the accumulation type when None): as many
     as the memory bound allows, the others are recomputed.
 
-    Measured on two cores, forward+backward with all logits kept takes 0.77 (8192x128->1024) and with a quarter of
-    them 0.93 (4096x256->8192) of the time without any; with 16 channels it takes 1.19 (8192x16->1024).
-
     On a GPU, where it has not been measured: all or none; and none on Triton's tensor cores, which compute a product
     of half types about as fast as memory gives it back in float32.
     """
