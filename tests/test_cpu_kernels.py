@@ -465,6 +465,16 @@ def test_nan_and_infinities(isa: str, make: Maker) -> None:
     check_all(make)
 
 
+def many_items() -> Iterator[Call]:
+    """The query's gradient is a sum over work items, of which 32 are summed on their own first."""
+    yield padded(45, 128, 512)
+    yield packed((100, 120, 60, 9000), 512, 2)
+
+
+def test_querys_gradient_of_many_work_items(isa: str) -> None:
+    check_all(many_items)
+
+
 def large() -> Iterator[Call]:
     """Gradients of more than 8 MiB are written past the caches when their rows fit cache lines."""
     call = with_mask(padded(2, 140, 8192))

@@ -97,14 +97,16 @@ def plain_penalty(z: Tensor) -> Tensor:
     return (mean * mean.log()).sum() - (probs * log_probs).sum(1).mean()
 
 
-@pytest.mark.parametrize("features", [100, 150])
-@pytest.mark.parametrize("keep", [64, 300])
-def test_logits_kept_in_bfloat16(isa: str, keep: int, features: int) -> None:
-    """Gradients lose no more to them than plain PyTorch's lose to its own."""
-    x, weight = torch.randn(300, 30).bfloat16(), torch.randn(features, 30).bfloat16()
+# Features in one block and in two, more channels than are multiplied at a time, and so many features that the forward
+# has half a group of rows in scratch.
+@pytest.mark.parametrize(("channels", "features"), [(30, 100), (30, 150), (1100, 150), (4, 20000)])
+@pytest.mark.parametrize("keep", [0, 64, 300])
+def test_logits_kept_in_bfloat16(isa: str, keep: int, channels: int, features: int) -> None:
+    """Gradients lose no more to them than plain PyTorch's lose to its own; those of the others are rounded, too."""
+    x, weight = torch.randn(300, channels).bfloat16(), torch.randn(features, channels).bfloat16()
     args = (None, x, weight, None, 1.0, 0, 1.0, 1.0, False, 0.0, 0.0)
     *_, entropy, lse, probs, kept = OPS.shared_loss(*args, keep)
-    assert kept.dtype == torch.bfloat16 and kept.shape == (keep, features)
+    assert kept.dtype == torch.bfloat16 and kept.shape == ((keep, features) if keep else (0,))
     needs = [False, True, True, False]
     got = OPS.shared_loss_backward(torch.ones(()), None, *args, entropy, lse, probs, kept, needs)[1:3]
     leaves = [t.requires_grad_() for t in (x, weight)]
@@ -112,7 +114,7 @@ def test_logits_kept_in_bfloat16(isa: str, keep: int, features: int) -> None:
     want = torch.autograd.grad(plain_penalty(exact[0] @ exact[1].T), exact)
     eager = torch.autograd.grad(plain_penalty(x @ weight.T), leaves)
     for mine, other, true in zip(got, eager, want, strict=True):
-        assert error(mine, true) <= 1.3 * error(other, true)
+        assert error(mine, true) <= (1.3 if channels > 4 else 1.5) * error(other, true)
 
 
 @pytest.mark.parametrize("operand", [1, 2])
@@ -387,7 +389,7 @@ def threads() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("shape", [(1500, 100, 30, 200), (100, 20, 600, 1500)])
+@pytest.mark.parametrize("shape", [(1500, 100, 30, 200), (100, 20, 600, 1500), (70, 20, 1100, 300)])
 @pytest.mark.parametrize("keep", [0, 128])
 @pytest.mark.usefixtures("threads")
 def test_bitwise_equal_for_any_number_of_threads(

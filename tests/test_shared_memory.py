@@ -10,8 +10,8 @@ import pytest
 import torch
 from fusefeat.ops.shared_penalty import rows_to_keep
 
-# The widest, one whose logits are kept in part, and one where kept logits and the tile in scratch are largest together.
-SHAPES = [(2048, 256, 65536), (4096, 128, 8192), (2048, 64, 16384)]
+# The widest, one whose logits are kept in part, and two where kept logits and the tile in scratch are largest together.
+SHAPES = [(2048, 256, 65536), (4096, 128, 8192), (2048, 64, 16384), (1024, 768, 32768)]
 ALLOCATOR_SLACK = 8 * 2**20
 
 CHILD = """
@@ -19,6 +19,7 @@ import gc, json, sys, torch, fusefeat
 
 torch.set_num_threads(int(sys.argv[1]))
 n, d, f = map(int, sys.argv[2:5])
+dtype = getattr(torch, sys.argv[5])
 
 def reset():
     gc.collect()
@@ -36,25 +37,37 @@ def resident():
 # The first calls bring in code and thread pools.
 small = torch.randn(40, d, requires_grad=True), torch.randn(90, d, requires_grad=True)
 fusefeat.shared_objective(small[0], None, small[1])[0].backward()
-x, w = torch.randn(n, d, requires_grad=True), torch.randn(f, d, requires_grad=True)
+x, w = (torch.randn(size, d, dtype=dtype, requires_grad=True) for size in (n, f))
 reset()
 before = resident()
-penalty, reg = fusefeat.shared_objective(x, None, w, margin=0.1)
+if dtype == torch.float32:
+    loss = sum(fusefeat.shared_objective(x, None, w, margin=0.1))
+else:  # whose logits are kept in bfloat16
+    loss = fusefeat.shared_penalty(x, None, w, margin=0.1)
 forward = high_water() - before
 reset()  # what the forward kept still counts
-(penalty + reg).backward()
+loss.backward()
+# In bfloat16 the sums of a weight are in scratch while its gradient is written.
 gradients = sum(t.grad.numel() * 4 for t in (x, w))
 print(json.dumps({"forward": forward, "backward": high_water() - before - gradients}))
 """
 
 
 @pytest.mark.parametrize(
-    ("threads", "shape"), [(1, SHAPES[0]), (2, SHAPES[0]), (5, SHAPES[0]), (2, SHAPES[1]), (2, SHAPES[2])], ids=str
+    ("threads", "shape", "dtype"),
+    [
+        (1, SHAPES[0], "float32"),
+        (2, SHAPES[0], "float32"),
+        (5, SHAPES[0], "float32"),
+        *((2, shape, "float32") for shape in SHAPES[1:]),
+        *((2, shape, "bfloat16") for shape in SHAPES),
+    ],
+    ids=str,
 )
-def test_peak_extra_memory(threads: int, shape: tuple[int, int, int]) -> None:
+def test_peak_extra_memory(threads: int, shape: tuple[int, int, int], dtype: str) -> None:
     rows, _, features = shape
     bound = 64 * 2**20 + 64 * (rows + features)  # scratch, and a few vectors over rows and features
-    command = [sys.executable, "-c", CHILD, *map(str, (threads, *shape))]
+    command = [sys.executable, "-c", CHILD, *map(str, (threads, *shape)), dtype]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     extra = json.loads(result.stdout.splitlines()[-1])
     assert rows * features * 4 > 1.5 * (bound + ALLOCATOR_SLACK)  # the logits would be seen
@@ -72,6 +85,11 @@ def test_kept_logits_leave_room_for_the_tile(rows: int, features: int, dtype: to
         assert 0 <= keep <= rows
         assert keep == rows or keep % 64 == 0  # whole strips on every instruction set
         assert keep == 0 or keep * row_bytes + min(rows, 256) * row_bytes <= 48 * 2**20
+    for channels in (256, 1500):
+        keep = rows_to_keep(rows, features, channels, dtype, kept=torch.bfloat16)
+        in_scratch = min(rows, 256) * row_bytes // (2 if channels == 256 else 1)
+        assert keep == 0 or keep * features * 2 + in_scratch <= 48 * 2**20
     assert rows_to_keep(8192, 1024, 128, torch.float32) == 7936
     assert rows_to_keep(4096, 8192, 256, torch.float32) == 960
     assert rows_to_keep(8192, 1024, 16, torch.float32) == 0
+    assert rows_to_keep(1024, 32768, 768, torch.bfloat16, kept=torch.bfloat16) == 448

@@ -54,7 +54,7 @@ struct Partition {
     const Logits& logits = problem.logits;
     const Counts count(problem, chunk_at(problem, 0, rows));
     const int64_t weight_bytes = std::max<int64_t>(1, logits.features * logits.channels * problem.acc_bytes());
-    const int64_t row_bytes = std::max<int64_t>(1, count.lanes * logits.depth_block * problem.acc_bytes());
+    const int64_t row_bytes = std::max<int64_t>(1, count.lanes * logits.grad_depth * problem.acc_bytes());
     const bool with_weight = wishes.grad_weight != nullptr;
     const bool with_rows = wishes.grad_context != nullptr || wishes.grad_input != nullptr;
     sums = std::min(std::min(count.groups, tasks), with_weight ? std::max<int64_t>(1, limit / weight_bytes) : tasks);
@@ -64,14 +64,24 @@ struct Partition {
 
 // The rows whose logits need no computing come first.
 struct Split {
-  int64_t direct;             // how many these are
+  int64_t direct;  // how many these are
+  Scalar tile_type;
+  int64_t tile_bytes;
   int64_t direct_rows, rows;  // per chunk of these and of the others; 0 without any
   Partition partition;
 
   Split(const SharedProblem& problem, const BackwardWishes& wishes)
       : direct(wishes.kind == Gradient::assignment ? problem.logits.rows : wishes.kept_rows),
-        direct_rows(direct > 0 ? chunk_rows(problem, direct, false) : 0),
-        rows(direct < problem.logits.rows ? chunk_rows(problem, problem.logits.rows - direct, true) : 0),
+        tile_type(
+            problem.logits.depth_block >= problem.logits.channels ? wishes.kept_type
+            : problem.is_double                                   ? Scalar::f64
+                                                                  : Scalar::f32),
+        tile_bytes(tile_type == Scalar::bf16 ? 2 : problem.acc_bytes()),
+        direct_rows(direct > 0 ? chunk_rows(problem, direct, 0, problem.logits.group) : 0),
+        rows(
+            direct < problem.logits.rows
+                ? chunk_rows(problem, problem.logits.rows - direct, tile_bytes, problem.logits.group)
+                : 0),
         partition(problem, wishes, direct > 0 ? direct_rows : rows) {}
 };
 
@@ -87,18 +97,18 @@ void run_chunks(
   const bool with_dots = wishes.row_dot != nullptr;
   const Partition& partition = split.partition;
   const bool whole = logits.block >= logits.features && logits.depth_block >= logits.channels && with_gradients;
+  const int64_t grad_depth = whole ? logits.depth_block : logits.grad_depth;
   const Counts most(problem, chunk_at(problem, 0, std::max(split.rows, split.direct_rows)));
   const Buffer packed = packed_buffer(problem, split.rows);
   const Buffer packed_rows(
-      wishes.grad_weight == nullptr ? 0
-                                    : blocks_of(logits.depth_block, kernels.strip) * kernels.strip *
-                                          blocks_of(most.lanes, kernels.pack_factor) * size);
-  const Buffer tile(blocks_of(split.rows, kernels.strip) * kernels.strip * logits.features * size);
+      wishes.grad_weight == nullptr
+          ? 0
+          : blocks_of(grad_depth, kernels.strip) * kernels.strip * blocks_of(most.lanes, kernels.pack_factor) * size);
+  const Buffer tile(blocks_of(split.rows, kernels.strip) * kernels.strip * logits.features * split.tile_bytes);
   const Buffer dots(with_dots ? 3 * most.blocks * most.lanes * size : 0);
   const Buffer grad_rows(
-      with_rows && !whole
-          ? partition.parts * blocks_of(logits.depth_block, kernels.strip) * kernels.strip * most.lanes * size
-          : 0);
+      with_rows && !whole ? partition.parts * blocks_of(grad_depth, kernels.strip) * kernels.strip * most.lanes * size
+                          : 0);
 
   SharedBackwardArgs args{};
   const auto data = [](const Buffer* buffer) { return buffer == nullptr ? nullptr : buffer->get(); };
@@ -108,6 +118,7 @@ void run_chunks(
   args.packed = packed.get();
   args.packed_rows = packed_rows.get();
   args.tile = tile.get();
+  args.tile_type = split.tile_type;
   args.kept_type = wishes.kept_type;
   args.kept_rows = wishes.kept_rows;
   args.dots = dots.get();
@@ -149,7 +160,7 @@ void run_chunks(
       continue;
     }
     if (!has_logits) {
-      for_depth_blocks(logits, [&](int64_t depth_begin, int64_t depth_end) {
+      for_depth_blocks(logits.channels, logits.depth_block, [&](int64_t depth_begin, int64_t depth_end) {
         args.depth_begin = depth_begin;
         args.depth_end = depth_end;
         pack_transposed(problem, workers, args, packed.get());
@@ -168,7 +179,7 @@ void run_chunks(
           count.strips, count.lanes * count.blocks, [&](int64_t strip, void*) { kernels.combine_dots(args, strip); });
     }
     if (with_gradients) {
-      for_depth_blocks(logits, [&](int64_t depth_begin, int64_t depth_end) {
+      for_depth_blocks(logits.channels, grad_depth, [&](int64_t depth_begin, int64_t depth_end) {
         args.depth_begin = depth_begin;
         args.depth_end = depth_end;
         const int64_t channels = depth_end - depth_begin;

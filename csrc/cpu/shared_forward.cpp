@@ -12,7 +12,10 @@ void run_forward(const SharedProblem& problem, const ForwardWishes& wishes) {
   const bool exponentials = wishes.row_entropy != nullptr;
   const bool whole = logits.block >= logits.features && logits.depth_block >= logits.channels && !wishes.softmax;
   const bool in_scratch = !whole && (exponentials || logits.depth_block < logits.channels);
-  const int64_t rows = chunk_rows(problem, logits.rows, in_scratch);
+  // Kept logits of half the size leave less room for the chunk, and are worth more than it.
+  const bool crowded = wishes.kept_type == Scalar::bf16 && logits.group * logits.features * size > 16 * kMiB;
+  const int64_t rows =
+      chunk_rows(problem, logits.rows, in_scratch ? size : 0, crowded ? logits.group / 2 : logits.group);
   const Counts most(problem, chunk_at(problem, 0, rows));
   const Workers workers(problem);
   const Buffer packed = packed_buffer(problem, rows);
@@ -55,7 +58,7 @@ void run_forward(const SharedProblem& problem, const ForwardWishes& wishes) {
   for (int64_t begin = 0; begin < logits.rows; begin += rows) {
     args.chunk = chunk_at(problem, begin, std::min(begin + rows, logits.rows));
     const Counts count(problem, args.chunk);
-    for_depth_blocks(logits, [&](int64_t depth_begin, int64_t depth_end) {
+    for_depth_blocks(logits.channels, logits.depth_block, [&](int64_t depth_begin, int64_t depth_end) {
       args.depth_begin = depth_begin;
       args.depth_end = depth_end;
       if (!whole) pack_transposed(problem, workers, args, packed.get());

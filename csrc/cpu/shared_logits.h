@@ -27,7 +27,8 @@ struct Logits {
   int operand;          // as in the schema
   int64_t block;        // features per block
   int64_t group;        // rows per group: the rows of one task at most
-  int64_t depth_block;  // channels that are packed at a time
+  int64_t depth_block;  // channels that are multiplied at a time for logits
+  int64_t grad_depth;   // and for gradients, unless a task sees all of them
 };
 
 struct Chunk {
@@ -74,7 +75,8 @@ struct SharedBackwardArgs {
   bool has_logits;    // kept ones, or the matrices
   void* packed;       // as in the forward
   void* packed_rows;  // [channels / strip][rows of the chunk][strip]
-  void* tile;         // logits of the chunk, unless kept
+  void* tile;         // logits of the chunk in whole strips, unless kept
+  Scalar tile_type;   // acc, or as those kept when all channels are multiplied at a time
   const void* kept;   // logits of the first kept_rows rows as the forward left them; null: in tile
   Scalar kept_type;
   int64_t kept_rows;

@@ -121,10 +121,12 @@ SharedProblem::SharedProblem(
     logits.rows = static_cast<int64_t>(used_.size());
     if (logits.rows < rows) logits.used = used_.data();
   }
-  constexpr int64_t block = 128, depth_block = 512;
+  // A product that goes on with the next channels reads its tile again. Gradients have more arrays to keep in cache.
+  constexpr int64_t block = 128, depth_block = 1024, grad_depth = 512;
   logits.block = std::min(block, (logits.features + 1) / 2 * 2);
   logits.group = 256;
   logits.depth_block = std::clamp<int64_t>(logits.channels, 1, depth_block);
+  logits.grad_depth = std::min(logits.depth_block, grad_depth);
 }
 
 int64_t SharedProblem::kept_rows(int64_t keep_rows) const {

@@ -14,14 +14,15 @@ inline int64_t blocks_of(int64_t length, int64_t block) {
   return (length + block - 1) / block;
 }
 
-// Rows whose logits are in scratch at one time: what stays in the caches, but enough rows to be worth reading
-// the weight for, in at most 48 MiB (or one strip, however long).
-inline int64_t chunk_rows(const SharedProblem& problem, int64_t rows, bool in_scratch) {
+// Rows whose logits are in scratch at one time, `size` bytes each (0: none are): what stays in the caches, but
+// `enough` rows to be worth reading the weight for, in at most 48 MiB (or one strip, however long).
+inline int64_t chunk_rows(const SharedProblem& problem, int64_t rows, int64_t size, int64_t enough) {
   const Logits& logits = problem.logits;
-  const int64_t row_bytes = logits.features * problem.acc_bytes(), strip = 128 / problem.acc_bytes();
-  int64_t limit = 2 * kMiB / (logits.depth_block * problem.acc_bytes());
-  if (in_scratch) {
-    limit = std::min(limit, std::max(2 * kMiB / row_bytes, std::min(logits.group, 48 * kMiB / row_bytes)));
+  const int64_t strip = 128 / problem.acc_bytes();
+  int64_t limit = 2 * kMiB / (logits.grad_depth * problem.acc_bytes());
+  if (size > 0) {
+    const int64_t row_bytes = logits.features * size;
+    limit = std::min(limit, std::max(2 * kMiB / row_bytes, std::min(enough, 48 * kMiB / row_bytes)));
   }
   const int64_t step = limit >= logits.group ? logits.group : strip;
   limit = std::max(limit / step * step, step);
@@ -62,13 +63,13 @@ struct Counts {
 
 // Calls f(begin, end) for blocks of channels, once without any when there are none.
 template <typename F>
-void for_depth_blocks(const Logits& logits, const F& f) {
+void for_depth_blocks(int64_t channels, int64_t block, const F& f) {
   int64_t begin = 0;
   do {
-    const int64_t end = std::min(begin + logits.depth_block, logits.channels);
+    const int64_t end = std::min(begin + block, channels);
     f(begin, end);
     begin = end;
-  } while (begin < logits.channels);
+  } while (begin < channels);
 }
 
 inline Buffer packed_buffer(const SharedProblem& problem, int64_t rows) {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .table import rows
 
 KERNELS = "tests/test_cpu_kernels.py -k {isa}"
+MANY_ITEMS = f"{KERNELS} and many_work_items"
 POISONED = f"FUSEFEAT_POISON=1 {KERNELS}"
 MASKED = "tests/test_pool_semantics.py -k cpu and masked_weight"
 FAR = "tests/test_attention_pool.py -k cpu and far and float32"
@@ -69,7 +70,12 @@ BACKWARD = rows(
         POISONED,
     ),
     ("centre of query 0", "(bag * num_queries + k) * channels;", "bag * num_queries * channels;"),
-    ("an item left out of the sum", "item < items && item < i + group;", "item < items && item + 1 < i + group;"),
+    (
+        "an item left out of the sum",
+        "item < items && item < i + group;",
+        "item < items && item + 1 < i + group;",
+        MANY_ITEMS,
+    ),
     ("query stride of grad_weights", "+ query * strides.inner];", "+ query];"),
     (
         "a dropped row counts",

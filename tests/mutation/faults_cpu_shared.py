@@ -29,6 +29,17 @@ LOGITS = rows(
     ),
 )
 
+PACKING = rows(
+    "csrc/cpu/vec/pack.h",
+    KERNELS,
+    (
+        "rows behind the last eight not packed",
+        "first + kPackedRows < count ? first + kPackedRows : count;",
+        "first + kPackedRows < count ? first + kPackedRows : first;",
+    ),
+    ("pairs of rows half as far apart", "at + r / pair * strip);", "at + r / pair * strip / 2);"),
+)
+
 FORWARD = rows(
     "csrc/cpu/vec/shared_forward.h",
     KERNELS,
@@ -79,6 +90,12 @@ LOGIT_GRADIENT = rows(
         "rounded logits with the lse of others",
         "store(lse, load(lse) + shift);",
         "store(lse, load(lse));",
+    ),
+    (
+        "rounded logits in scratch with the lse of others",
+        "(args.kept != nullptr ? args.kept_type : args.tile_type) == Scalar::bf16",
+        "(args.kept != nullptr && args.kept_type == Scalar::bf16)",
+        f"{KERNELS} and kept_in_bfloat16",
     ),
 )
 
@@ -134,4 +151,4 @@ HOST = [
     ),
 ]
 
-FAULTS = [*LOGITS, *FORWARD, *LOGIT_GRADIENT, *BACKWARD, *HOST]
+FAULTS = [*LOGITS, *PACKING, *FORWARD, *LOGIT_GRADIENT, *BACKWARD, *HOST]

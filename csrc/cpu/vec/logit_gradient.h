@@ -34,8 +34,9 @@ inline void with_logits(
     const SharedBackwardArgs& args, int64_t strip, int64_t begin, int64_t features, A* scratch, const Body& body) {
   constexpr int width = kStrip<A>, lanes = kLanes<A>;
   if (args.kept == nullptr) {
-    const A* tile = static_cast<const A*>(args.tile) + (strip * args.logits.features + begin) * width;
-    return body(Tile<A>{tile, width});
+    const int64_t offset = (strip * args.logits.features + begin) * width;
+    return with_kept<A>(
+        args.tile_type, args.tile, offset, [&]<typename T>(const T* tile) { body(Tile<T>{tile, width}); });
   }
   const KeptStrip<A> at(args.logits.features, args.kept_rows, args.chunk.begin + strip * width, begin);
   const int64_t rows = rows_of_strip<A>(args.chunk, strip);
@@ -132,13 +133,18 @@ void logits_task(const SharedBackwardArgs& args, int64_t block, int64_t group, v
   pack_by_rows<A, kPairs>(RowRange{&logits, true, begin, features}, args.depth_begin, args.depth_end, weights);
   const int64_t end = min_of((group + 1) * group_strips, args.chunk.strips);
   for (int64_t s = group * group_strips; s < end; ++s) {
-    A* tile = static_cast<A*>(args.tile) + (s * logits.features + begin) * kStrip<A>;
+    const int64_t offset = (s * logits.features + begin) * kStrip<A>;
     logits_tile<A, kPairs>(
         logits, weights, packed_strip<A, kPairs>(logits, args.packed, s),
         packed_depth<A, kPairs>(args.depth_end - args.depth_begin), begin, features,
-        args.depth_begin == 0 ? nullptr : tile, last, z);
-    // By way of a tile in cache: stores that miss hold up the products.
-    for (int64_t i = 0; i < features * kStrip<A>; i += kLanes<A>) store(tile + i, load(z + i));
+        args.depth_begin == 0 ? nullptr : static_cast<const A*>(args.tile) + offset, last, z);
+    with_kept<A>(args.tile_type, args.tile, offset, [&]<typename T>(T* tile) {
+      // By way of a tile in cache: stores that miss hold up the products. And the sums are over what is read again.
+      for (int64_t i = 0; i < features * kStrip<A>; i += kLanes<A>) {
+        store(tile + i, load(z + i));
+        if constexpr (sizeof(T) < sizeof(A)) store(z + i, load(tile + i));
+      }
+    });
     if (last && args.dots != nullptr) {
       logits_dots<A>(args, s, begin, features, Tile<A>{z, kStrip<A>}, Dots<A>(args, block, s));
     }
@@ -179,7 +185,7 @@ void combine_dots(const SharedBackwardArgs& args, int64_t strip) {
       probs += load(Dots<A>(args, b, strip).of_probs + lane);
     }
     VecOf<A> shift{};
-    if (args.kept != nullptr && args.kept_type == Scalar::bf16) {
+    if ((args.kept != nullptr ? args.kept_type : args.tile_type) == Scalar::bf16) {
       // Rounded logits have an lse of their own, without which their probabilities do not sum to 1.
       for (int i = 0; i < kLanes<A>; ++i) shift[i] = log_one(probs[i]);
       A* lse = static_cast<A*>(args.row_lse) + at;

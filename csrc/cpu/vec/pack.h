@@ -140,14 +140,20 @@ inline void get_strip(const RowRange& rows, int64_t row, int64_t begin, int64_t 
   }
 }
 
+// Rows that are packed together: strips lie a power of two apart, and one row at a time would write all of its strips
+// to the same few lines of a cache.
+constexpr int64_t kPackedRows = 8;
+
 // For the broadcast operand: to[strip of columns][row][column], pairs along the columns.
 template <typename A, bool kPairs>
 inline void pack_by_rows(const RowRange& rows, int64_t begin, int64_t end, A* to) {
   constexpr int width = kStrip<A> * (kPairs ? 2 : 1);
-  for (int64_t r = 0; r < rows.count; ++r, to += kStrip<A>) {
+  for (int64_t first = 0; first < rows.count; first += kPackedRows) {
+    const int64_t last = first + kPackedRows < rows.count ? first + kPackedRows : rows.count;
     A* at = to;
-    for (int64_t c = begin; c < end; c += width, at += rows.count * kStrip<A>)
-      get_strip<A, kPairs>(rows, r, c, end - c, at);
+    for (int64_t c = begin; c < end; c += width, at += rows.count * kStrip<A>) {
+      for (int64_t r = first; r < last; ++r) get_strip<A, kPairs>(rows, r, c, end - c, at + r * kStrip<A>);
+    }
   }
 }
 
@@ -172,36 +178,42 @@ inline void pack_by_columns(const RowRange& rows, int64_t begin, int64_t end, A*
   }
 }
 
+#if defined(FUSEFEAT_BF16)
+// One strip's worth of two rows.
+inline void get_strip_of_pairs(const RowRange& rows, int64_t row, int64_t begin, int64_t columns, float* to) {
+  constexpr int strip = kStrip<float>;
+  const BFloat16* direct_a = columns >= strip ? rows.bfloat16_row(row, begin) : nullptr;
+  const BFloat16* direct_b = columns >= strip ? rows.bfloat16_row(row + 1, begin) : nullptr;
+  if (direct_a != nullptr && direct_b != nullptr) {
+    store(to, interleave_pairs(load(direct_a), load(direct_b)));
+    store(to + 16, interleave_pairs(load(direct_a + 16), load(direct_b + 16)));
+    return;
+  }
+  float a[strip], b[strip];
+  get_strip<float, false>(rows, row, begin, columns, a);
+  get_strip<float, false>(rows, row + 1, begin, columns, b);
+  store(to, interleave_pairs(load(a), load(b)));
+  store(to + 16, interleave_pairs(load(a + 16), load(b + 16)));
+}
+#endif
+
 // to[strip of columns][row or pair of them][column], strips `stride` apart; pairs along the rows.
 template <typename A, bool kPairs>
 inline void pack_along_rows(const RowRange& rows, int64_t count, int64_t begin, int64_t end, int64_t stride, A* to) {
-  constexpr int strip = kStrip<A>;
-  if constexpr (kPairs) {
+  constexpr int strip = kStrip<A>, pair = kPairs ? 2 : 1;
+  for (int64_t first = 0; first < count; first += kPackedRows) {
+    const int64_t last = first + kPackedRows < count ? first + kPackedRows : count;
+    A* at = to;
+    for (int64_t c = begin; c < end; c += strip, at += stride) {
+      for (int64_t r = first; r < last; r += pair) {
+        if constexpr (kPairs) {
 #if defined(FUSEFEAT_BF16)
-    float a[strip] = {}, b[strip] = {};
-    for (int64_t r = 0; r < count; r += 2, to += strip) {
-      A* at = to;
-      for (int64_t c = begin; c < end; c += strip, at += stride) {
-        const int64_t columns = end - c < strip ? end - c : strip;
-        const BFloat16* direct_a = columns == strip ? rows.bfloat16_row(r, c) : nullptr;
-        const BFloat16* direct_b = columns == strip ? rows.bfloat16_row(r + 1, c) : nullptr;
-        if (direct_a != nullptr && direct_b != nullptr) {
-          store(at, interleave_pairs(load(direct_a), load(direct_b)));
-          store(at + 16, interleave_pairs(load(direct_a + 16), load(direct_b + 16)));
-          continue;
-        }
-        rows.get(r, c, columns, a);
-        rows.get(r + 1, c, columns, b);
-        for (int64_t i = columns; i < strip; ++i) a[i] = b[i] = 0;
-        store(at, interleave_pairs(load(a), load(b)));
-        store(at + 16, interleave_pairs(load(a + 16), load(b + 16)));
-      }
-    }
+          get_strip_of_pairs(rows, r, c, end - c, at + r / pair * strip);
 #endif
-  } else {
-    for (int64_t r = 0; r < count; ++r, to += strip) {
-      A* at = to;
-      for (int64_t c = begin; c < end; c += strip, at += stride) get_strip<A, false>(rows, r, c, end - c, at);
+        } else {
+          get_strip<A, false>(rows, r, c, end - c, at + r * strip);
+        }
+      }
     }
   }
 }

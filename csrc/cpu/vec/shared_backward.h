@@ -168,19 +168,30 @@ void gradient_task(const SharedBackwardArgs& args, int64_t part, int64_t sum, vo
   const int64_t first_group = groups * sum / args.sums, end_group = groups * (sum + 1) / args.sums;
   const int64_t first_block = blocks * part / args.parts, end_block = blocks * (part + 1) / args.parts;
   A* weights = static_cast<A*>(scratch);
-  A* bias_sums = weights + 2 * packed_weight_length<A, kPairs>(logits);
+  A* bias_sums = weights + packed_weight_length<A, kPairs>(logits);
   A* staging = bias_sums + logits.block * kLanes<A>;
   A* dz = staging + 2 * logits.block * strip;
   A* tiles_begin = dz + (logits.block + 1) * strip;
   const int64_t tile_length = group_strips * logits.block * strip;
-  for (int64_t g = first_group; g < end_group; ++g) {
-    const int64_t begin_strip = g * group_strips, end_strip = min_of(begin_strip + group_strips, args.chunk.strips);
-    const bool first_rows = args.chunk.begin == 0 && g == first_group;
-    if (args.whole) prepare_group<A, kPairs>(args, g, begin_strip, end_strip, scratch);
-    for (int64_t b = first_block; b < end_block; ++b) {
-      const int64_t begin = b * logits.block, features = min_of(logits.block, logits.features - begin);
-      const GradientTiles<A, kPairs> tiles{tiles_begin, kPairs ? tiles_begin + tile_length / 2 : tiles_begin, features};
-      const bool with_bias = args.grad_bias != nullptr && args.depth_begin == 0;
+  // A block of weights and its gradient stay in cache while all groups of rows pass by.
+  for (int64_t b = first_block; b < end_block; ++b) {
+    const int64_t begin = b * logits.block, features = min_of(logits.block, logits.features - begin);
+    const GradientTiles<A, kPairs> tiles{tiles_begin, kPairs ? tiles_begin + tile_length / 2 : tiles_begin, features};
+    const bool with_bias = args.grad_bias != nullptr && args.depth_begin == 0;
+    const bool with_rows = args.grad_context != nullptr || args.grad_input != nullptr;
+    const auto pack_weights = [&] {
+      const RowRange weight_rows{&logits, true, begin, features};
+      pack_along_rows<A, kPairs>(
+          weight_rows, features, args.depth_begin, args.depth_end, tiles.feature_pairs() * strip, weights);
+    };
+    if (with_rows && !args.whole) pack_weights();
+    for (int64_t g = first_group; g < end_group; ++g) {
+      const int64_t begin_strip = g * group_strips, end_strip = min_of(begin_strip + group_strips, args.chunk.strips);
+      const bool first_rows = args.chunk.begin == 0 && g == first_group;
+      if (args.whole) {
+        prepare_group<A, kPairs>(args, g, begin_strip, end_strip, scratch);
+        if (with_rows) pack_weights();
+      }
       for (int64_t i = 0; with_bias && i < features * kLanes<A>; i += kLanes<A>) store(bias_sums + i, VecOf<A>{});
       for (int64_t s = begin_strip; s < end_strip; ++s) {
         A* to = kPairs ? dz : tiles.strip_by_row(s - begin_strip);
@@ -198,12 +209,7 @@ void gradient_task(const SharedBackwardArgs& args, int64_t part, int64_t sum, vo
           sums[f] = (first_rows ? A{} : sums[f]) + sum_lanes(load(bias_sums + f * kLanes<A>));
         }
       }
-      if (args.grad_context != nullptr || args.grad_input != nullptr) {
-        const RowRange weight_rows{&logits, true, begin, features};
-        pack_along_rows<A, kPairs>(
-            weight_rows, features, args.depth_begin, args.depth_end, tiles.feature_pairs() * strip, weights);
-        add_row_gradients<A, kPairs>(args, tiles, weights, part, begin_strip, end_strip, b == first_block);
-      }
+      if (with_rows) add_row_gradients<A, kPairs>(args, tiles, weights, part, begin_strip, end_strip, b == first_block);
       if (args.grad_weight != nullptr) {
         add_weight_gradient<A, kPairs>(args, tiles, begin, sum, begin_strip, end_strip, first_rows);
       }

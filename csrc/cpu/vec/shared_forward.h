@@ -64,7 +64,7 @@ template <typename A, bool kPairs>
 int64_t worker_bytes(const Logits& logits) {
   // The gradient tiles of a group, one more row for an odd feature, and tiles of one strip for the rest.
   const int64_t tiles = (logits.group / kStrip<A> + 4) * (logits.block + 1) * kStrip<A>;
-  return (packed_weight_length<A, kPairs>(logits) * 2 + tiles) * static_cast<int64_t>(sizeof(A));
+  return (packed_weight_length<A, kPairs>(logits) + tiles) * static_cast<int64_t>(sizeof(A));
 }
 
 // The sums over a group of w P of each feature, a vector for every one of them.
