@@ -20,7 +20,9 @@ def _ours(x: Tensor, weight: Tensor, backend: str | None) -> Tensor:
 
 def cases(device: torch.device, dtype: torch.dtype, quick: bool) -> list[Case]:
     reference = shared_logits.reg_reference
-    return shared_logits.cases(FAMILY, _ours, peers.clamped_reg, reference, [], device, dtype, quick)
+    return shared_logits.cases(
+        FAMILY, _ours, peers.clamped_reg, reference, [], device, dtype, shared_logits.shapes(quick)
+    )
 
 
 def targets(rows: list[Row]) -> list[Target]:

@@ -33,10 +33,29 @@ SHAPES = {
     "ibq": ("LFQ and IBQ, 2^18 codes", 1024, 256, 262144),
 }
 PROMISED = tuple(SHAPES)[:4]
-QUICK = {
+_QUICK = {
     "quick-narrow": ("a check of the harness", 33, 7, 20),
     "quick-wide": ("a check of the harness", 9, 12, 300),
 }
+Shapes = dict[str, tuple[str, int, int, int]]
+
+
+def shapes(quick: bool) -> Shapes:
+    return _QUICK if quick else SHAPES
+
+
+def scaling_shapes(quick: bool) -> dict[str, Shapes]:
+    """By axis, of a scaling plot: rows, channels and features, the other two as usual."""
+    rows, channels, features = (9, 7, 20) if quick else (1024, 128, 1024)
+    axes = {
+        "N": [(n, channels, features) for n in ((5, 40) if quick else (64, 256, 1024, 4096, 16384))],
+        "D": [(rows, d, features) for d in ((3, 40) if quick else (16, 64, 256, 1024))],
+        "F": [(rows, channels, f) for f in ((6, 40) if quick else (128, 512, 2048, 8192, 32768))],
+    }
+    return {
+        axis: {f"{axis}={sizes['NDF'.index(axis)]}": ("scaling", *sizes) for sizes in all_sizes}
+        for axis, all_sizes in axes.items()
+    }
 
 
 def _chunks(inputs: Inputs) -> list[Tensor]:
@@ -146,7 +165,7 @@ def cases(
     others: list[Contender],
     device: torch.device,
     dtype: torch.dtype,
-    quick: bool,
+    shapes: Shapes,
 ) -> list[Case]:
     def case(name: str, used_by: str, rows: int, channels: int, features: int) -> Case:
         def inputs() -> Inputs:
@@ -173,7 +192,7 @@ def cases(
             slow=rows * channels * features > limit,
         )
 
-    return [case(name, *shape) for name, shape in (QUICK if quick else SHAPES).items()]
+    return [case(name, *shape) for name, shape in shapes.items()]
 
 
 def shape_of(name: str) -> str:

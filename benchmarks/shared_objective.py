@@ -26,7 +26,8 @@ def cases(device: torch.device, dtype: torch.dtype, quick: bool) -> list[Case]:
     penalty = partial(shared_logits.penalty, backend=None)
     alone = Contender(ALONE, None, lambda inputs: peers.bind(penalty, inputs), shared_logits.penalty_reference)
     reference = shared_logits.objective_reference
-    return shared_logits.cases(FAMILY, _ours, peers.shared_objective, reference, [alone], device, dtype, quick)
+    shapes = shared_logits.shapes(quick)
+    return shared_logits.cases(FAMILY, _ours, peers.shared_objective, reference, [alone], device, dtype, shapes)
 
 
 def targets(rows: list[Row]) -> list[Target]:

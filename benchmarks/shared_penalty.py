@@ -12,10 +12,23 @@ from .results import Row
 FAMILY = "shared_penalty"
 
 
-def cases(device: torch.device, dtype: torch.dtype, quick: bool) -> list[Case]:
+def _cases(device: torch.device, dtype: torch.dtype, shapes: shared_logits.Shapes) -> list[Case]:
     ours, reference = shared_logits.penalty, shared_logits.penalty_reference
     others = [peers.cross_entropy()]
-    return shared_logits.cases(FAMILY, ours, peers.shared_penalty, reference, others, device, dtype, quick)
+    return shared_logits.cases(FAMILY, ours, peers.shared_penalty, reference, others, device, dtype, shapes)
+
+
+def cases(device: torch.device, dtype: torch.dtype, quick: bool) -> list[Case]:
+    return _cases(device, dtype, shared_logits.shapes(quick))
+
+
+def scaling(device: torch.device, dtype: torch.dtype, quick: bool) -> dict[str, list[tuple[int, Case]]]:
+    """By axis: sizes and their cases."""
+    found = {}
+    for axis, shapes in shared_logits.scaling_shapes(quick).items():
+        sizes = [shape["NDF".index(axis) + 1] for shape in shapes.values()]
+        found[axis] = list(zip(sizes, _cases(device, dtype, shapes), strict=True))
+    return found
 
 
 def targets(rows: list[Row]) -> list[Target]:

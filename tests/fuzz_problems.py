@@ -67,9 +67,9 @@ def check_pool(problem: dict[str, Any], backend: str, seed: int) -> None:
     if problem["need"]:
         terms += INCOMING * fuzz.largest(x)
     magnitude = {"grad other": terms * x.shape[-1]}
-    if backend != "cpu" and not problem["scores"]:
+    if (backend != "cpu" or x.dtype == torch.float64) and not problem["scores"]:
         # The CPU kernels take <grad, x - out>; those of GPUs the difference of two products, which rounds where one
-        # token has all the weight.
+        # token has all the weight. So does the reference, which is no more exact than a result in float64.
         products = INCOMING * fuzz.largest(x) * x.shape[-1] ** 0.5
         magnitude["grad x"] = products * abs(problem["scale"]) * fuzz.largest(problem["leaves"]["other"])
     fuzz.compare(run, problem["leaves"], backend, seed, magnitude=magnitude)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import __main__ as cli  # noqa: E402
-from benchmarks import against, attention_pool, cold, report, scaling, tables, timing  # noqa: E402
+from benchmarks import against, attention_pool, cold, report, scaling, shared_penalty, tables, timing  # noqa: E402
 from benchmarks.case import MODES, Bound, Skip  # noqa: E402
 from benchmarks.progress import Progress  # noqa: E402
 from benchmarks.results import OURS, Row, Run  # noqa: E402
@@ -187,6 +188,9 @@ def test_every_family_of_a_csv_survives(tmp_path: Path) -> None:
     assert "| small `[1,2,3]` | a user | 1.50 |" in tables.render([line])
 
 
-def test_scaling_cases_are_named_after_their_axis() -> None:
-    for axis, sizes in attention_pool.scaling(CPU, torch.float32, quick=True).items():
+@pytest.mark.parametrize("quick", [True, False])
+@pytest.mark.parametrize("module", [attention_pool, shared_penalty], ids=lambda module: module.FAMILY)
+def test_scaling_cases_are_named_after_their_axis(module: ModuleType, quick: bool) -> None:
+    for axis, sizes in module.scaling(CPU, torch.float32, quick=quick).items():
+        assert len(sizes) > 1
         assert [scaling.axis_and_size(case.name) for _, case in sizes] == [(axis, size) for size, _ in sizes]
