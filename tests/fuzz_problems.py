@@ -113,6 +113,10 @@ def magnitudes(leaves: dict[str, Tensor], margin: float) -> dict[str, float]:
     values = dict.fromkeys(("penalty", "conditional_entropy", "marginal_entropy", "row_entropy", "lse"), entropy)
     sums = leaves["weight"].shape[0] ** 0.5 * weight
     grads = {"grad input": terms * sums, "grad context": terms * sums, "grad weight": terms * x, "grad bias": terms}
+    if "row_weight" in leaves:
+        # Differences of what a row and what all rows give, over the sum of the weights; and the sum of a row's logits.
+        total = max(leaves["row_weight"].double().sum().item(), 1e-3)
+        grads["grad row_weight"] = INCOMING * (entropy / total + logit * leaves["weight"].shape[0])
     return values | grads
 
 
