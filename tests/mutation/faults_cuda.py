@@ -100,10 +100,9 @@ FAULTS = [
         "csrc/cuda/attention_pool.cu",
         LONG,
         (
-            "row length of the query's parts",
-            "sums.row_channels = args.plan.padded_channels;",
-            "sums.row_channels = sizes.channels;",
-            FILE,
+            "last block's part of the query's gradient",
+            "sums.count = args.plan.blocks;",
+            "sums.count = args.plan.blocks - 1;",
         ),
     ),
 ]
