@@ -60,6 +60,8 @@ COMMON: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"margin": -1.0}, ValueError, "margin must be greater than 0"),
     ({"margin": NAN}, ValueError, "margin must be finite"),
     ({"margin": INF}, ValueError, "margin must be finite"),
+    ({"margin": 10**400}, ValueError, "margin must be finite"),
+    ({"margin": 1e31}, ValueError, "margin must be at most 1e\\+30, got 1e\\+31"),
     ({"margin": "1"}, TypeError, "margin must be a real number"),
     ({"margin": None}, TypeError, "margin must be a real number"),
     ({"margin": True}, TypeError, "margin must be a real number"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from fusefeat import _library
 from fusefeat.ops import shared_loss
+from fusefeat.ops import shared_penalty as statistics
 from torch import Tensor
 
 if not _library.STATE.cpu_loaded:
@@ -57,6 +58,20 @@ def test_same_as_the_general_way(name: str, dtype: torch.dtype, monkeypatch: pyt
     for mine, other in zip(*grads, strict=True):
         assert mine.dtype == dtype
         torch.testing.assert_close(mine, other, rtol=scale, atol=scale * float(other.abs().max()))
+
+
+@pytest.mark.parametrize("margin", [300.0, 3e4])
+@pytest.mark.parametrize("keep", [True, False])
+def test_large_logits_of_bfloat16(margin: float, keep: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Rounded to bfloat16 they would be off by as much as what makes an exponential 0 or infinite.
+    args = leaves(torch.bfloat16, rows=150, features=300)
+    if not keep:
+        monkeypatch.setattr(statistics, "rows_to_keep", lambda *args: 0)
+    got = fusefeat.shared_penalty(*args, margin=margin)
+    want = general(monkeypatch, fusefeat.shared_penalty, args, margin=margin)
+    for mine, other in zip(torch.autograd.grad(got, args), torch.autograd.grad(want, args), strict=True):
+        scale = float(other.abs().max())
+        torch.testing.assert_close(mine, other, rtol=1e-2, atol=1e-2 * scale)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -40,7 +40,9 @@ fusefeat.shared_objective(small[0], None, small[1])[0].backward()
 x, w = (torch.randn(size, d, dtype=dtype, requires_grad=True) for size in (n, f))
 reset()
 before = resident()
-if dtype == torch.float32:
+if len(sys.argv) > 6:
+    loss = getattr(fusefeat, sys.argv[6])(x, None, w, margin=float(sys.argv[7]))
+elif dtype == torch.float32:
     loss = sum(fusefeat.shared_objective(x, None, w, margin=0.1))
 else:  # whose logits are kept in bfloat16
     loss = fusefeat.shared_penalty(x, None, w, margin=0.1)
@@ -61,13 +63,15 @@ print(json.dumps({"forward": forward, "backward": high_water() - before - gradie
         (5, SHAPES[0], "float32"),
         *((2, shape, "float32") for shape in SHAPES[1:]),
         *((2, shape, "bfloat16") for shape in SHAPES),
+        (2, SHAPES[3], "bfloat16 shared_penalty 20.0"),  # logits that would not stand it
+        (2, (65536, 8, 32768), "float32 clamped_reg 1.0"),
     ],
     ids=str,
 )
 def test_peak_extra_memory(threads: int, shape: tuple[int, int, int], dtype: str) -> None:
     rows, _, features = shape
     bound = 64 * 2**20 + 64 * (rows + features)  # scratch, and a few vectors over rows and features
-    command = [sys.executable, "-c", CHILD, *map(str, (threads, *shape)), dtype]
+    command = [sys.executable, "-c", CHILD, *map(str, (threads, *shape)), *dtype.split()]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     extra = json.loads(result.stdout.splitlines()[-1])
     assert rows * features * 4 > 1.5 * (bound + ALLOCATOR_SLACK)  # the logits would be seen

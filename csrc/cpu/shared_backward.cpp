@@ -79,9 +79,10 @@ struct Split {
         tile_bytes(tile_type == Scalar::bf16 ? 2 : problem.acc_bytes()),
         direct_rows(direct > 0 ? chunk_rows(problem, direct, 0, problem.logits.group) : 0),
         rows(
-            direct < problem.logits.rows
-                ? chunk_rows(problem, problem.logits.rows - direct, tile_bytes, problem.logits.group)
-                : 0),
+            direct < problem.logits.rows ? chunk_rows(
+                                               problem, problem.logits.rows - direct, tile_bytes,
+                                               wishes.half_chunks ? problem.logits.group / 2 : problem.logits.group)
+                                         : 0),
         partition(problem, wishes, direct > 0 ? direct_rows : rows) {}
 };
 

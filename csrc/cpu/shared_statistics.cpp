@@ -1,6 +1,7 @@
 #include "shared_statistics.h"
 
 #include <algorithm>
+#include <cmath>
 #include <utility>
 #include <vector>
 
@@ -20,6 +21,14 @@ void entropy_terms(int64_t rows, const Buffer& entropy_grad, const Buffer& entro
     scales[i] = -grad[i];
     offsets[i] = -grad[i] * values[i];
   }
+}
+
+// Whether the logits that matter, those near lse, are rounded by little enough in bfloat16: by 2^-9 of themselves. The
+// probabilities of others would have little to do with the statistics, and their sum might be 0 or infinite.
+bool stand_rounding(const Buffer& lses, int64_t rows) {
+  constexpr float limit = 256;
+  const float* values = reinterpret_cast<const float*>(lses.get());
+  return std::all_of(values, values + rows, [](float lse) { return std::abs(lse) <= limit; });
 }
 
 }  // namespace
@@ -102,9 +111,13 @@ void shared_statistics_backward(
     wishes.mean = &lse_grads;
     wishes.row_dot = &row_dots;
   }
-  wishes.kept = kept.const_data_ptr();
-  wishes.kept_type = scalar_of(kept.scalar_type());
-  wishes.kept_rows = problem.kept_rows(keep_rows);
+  if (kept.scalar_type() == ScalarType::BFloat16 && !stand_rounding(lses, problem.logits.rows)) {
+    wishes.half_chunks = true;
+  } else {
+    wishes.kept = kept.const_data_ptr();
+    wishes.kept_type = scalar_of(kept.scalar_type());
+    wishes.kept_rows = problem.kept_rows(keep_rows);
+  }
   run_backward(problem, wishes);
 }
 

@@ -15,11 +15,15 @@ inline int64_t blocks_of(int64_t length, int64_t block) {
 }
 
 // Rows whose logits are in scratch at one time, `size` bytes each (0: none are): what stays in the caches, but
-// `enough` rows to be worth reading the weight for, in at most 48 MiB (or one strip, however long).
+// `enough` rows to be worth reading the weight for, in at most 48 MiB (or one strip, however long). Rows of few
+// channels are many: their sums, of which each block of features has its own, and the counts of their groups take 16
+// MiB at most.
 inline int64_t chunk_rows(const SharedProblem& problem, int64_t rows, int64_t size, int64_t enough) {
   const Logits& logits = problem.logits;
   const int64_t strip = 128 / problem.acc_bytes();
-  int64_t limit = 2 * kMiB / (logits.grad_depth * problem.acc_bytes());
+  const int64_t sums_bytes =
+      3 * blocks_of(logits.features, logits.block) * problem.acc_bytes() + blocks_of(logits.features * 4, logits.group);
+  int64_t limit = std::min(2 * kMiB / (logits.grad_depth * problem.acc_bytes()), 16 * kMiB / sums_bytes);
   if (size > 0) {
     const int64_t row_bytes = logits.features * size;
     limit = std::min(limit, std::max(2 * kMiB / row_bytes, std::min(enough, 48 * kMiB / row_bytes)));

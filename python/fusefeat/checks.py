@@ -60,7 +60,10 @@ def finite_number(function: str, name: str, value: Any) -> float:
         return value  # type: ignore[return-value]  # its value is not known while tracing
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{function}: {name} must be a real number, got {describe(value)}")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an int or a fraction without end
+        number = math.inf
     if not -math.inf < number < math.inf:
         raise ValueError(f"{function}: {name} must be finite, got {describe(value)}")
     return number

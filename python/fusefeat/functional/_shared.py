@@ -11,6 +11,8 @@ from .. import checks
 from ..reference.attention_pool import acc_dtype
 from ..reference.shared_penalty import OPERAND_DTYPES
 
+LARGEST_MARGIN = 1e30  # the kernels' own limit
+
 
 class Logits(NamedTuple):
     """Checked arguments of the operators: z = margin * (cat(context, input) weight^T + bias)."""
@@ -62,6 +64,8 @@ def prepare(
     margin = checks.finite_number(function, "margin", margin)
     if not isinstance(margin, torch.SymFloat) and margin <= 0:
         raise ValueError(f"{function}: margin must be greater than 0, got {margin}")
+    if not isinstance(margin, torch.SymFloat) and margin > LARGEST_MARGIN:
+        raise ValueError(f"{function}: margin must be at most {LARGEST_MARGIN:g}, got {margin}")
     acc = acc_dtype(input.dtype)
     if row_weight is not None:
         rows = input.shape[0] + (0 if context is None else context.shape[0])
