@@ -74,6 +74,30 @@ def test_large_logits_of_bfloat16(margin: float, keep: bool, monkeypatch: pytest
         torch.testing.assert_close(mine, other, rtol=1e-2, atol=1e-2 * scale)
 
 
+def plain_penalty(x: Tensor, weight: Tensor) -> Tensor:
+    log_probs = torch.log_softmax(x @ weight.t(), 1)
+    mean = log_probs.exp().mean(0)
+    entropy = -torch.where(log_probs.exp() == 0, 0.0, log_probs.exp() * log_probs).sum(1).mean()
+    return entropy + torch.where(mean == 0, 0.0, mean * (torch.where(mean == 0, 1.0, mean) * len(weight)).log()).sum()
+
+
+@pytest.mark.parametrize("size", [0.5, 1.0, 2.0, 4.0])
+def test_bfloat16_within_twice_eager_where_assignments_are_sharp(size: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = (size * torch.randn(200, 256, generator=generator)).bfloat16()
+    weight = torch.randn(2000, 256, generator=generator).bfloat16()
+
+    def gradients(function: Any, dtype: torch.dtype) -> list[Tensor]:
+        args = [t.to(dtype).requires_grad_() for t in (x, weight)]
+        return [g.double() for g in torch.autograd.grad(function(*args), args)]
+
+    exact = gradients(plain_penalty, torch.float64)
+    eager = gradients(plain_penalty, torch.bfloat16)
+    ours = gradients(lambda x, weight: fusefeat.shared_penalty(x, None, weight), torch.bfloat16)
+    for got, plain, want in zip(ours, eager, exact, strict=True):
+        assert (got - want).norm() <= 2 * (plain - want).norm()
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_derivatives(name: str) -> None:
     function, keywords = FUNCTIONS[name]

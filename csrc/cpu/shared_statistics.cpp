@@ -26,7 +26,7 @@ void entropy_terms(int64_t rows, const Buffer& entropy_grad, const Buffer& entro
 // Whether the logits that matter, those near lse, are rounded by little enough in bfloat16: by 2^-9 of themselves. The
 // probabilities of others would have little to do with the statistics, and their sum might be 0 or infinite.
 bool stand_rounding(const Buffer& lses, int64_t rows) {
-  constexpr float limit = 256;
+  constexpr float limit = 32;  // an eighth of a nat at most
   const float* values = reinterpret_cast<const float*>(lses.get());
   return std::all_of(values, values + rows, [](float lse) { return std::abs(lse) <= limit; });
 }

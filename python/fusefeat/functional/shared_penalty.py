@@ -131,7 +131,7 @@ def shared_penalty(
     Memory beyond inputs, parameters and their gradients is O(N + F) plus at most 64 MiB. On the CPU the backward
     finds up to 31 MiB of the logits kept (less beside features so many that 256 rows of logits take over 16 MiB, none
     with fewer than 32 channels and over 8 MiB of logits; of bfloat16 inputs in bfloat16 when nothing but the scalar is
-    asked for) and recomputes those of the other rows:
+    asked for, which are used where no row's log-sum-exp is beyond 32) and recomputes those of the other rows:
     ``fusefeat.ops.shared_penalty.rows_to_keep``.
 
     Args:
