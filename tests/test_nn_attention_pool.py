@@ -175,6 +175,41 @@ def test_half_inputs_with_float_parameters_and_autocast() -> None:
     assert layer.linear_in.weight.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("wrap", ["eager", "compile"])
+def test_autocast_reaches_no_gradient(wrap: str) -> None:
+    layer, _ = pair(torch.float32)
+    call = torch.compile(layer, fullgraph=True, backend="aot_eager") if wrap == "compile" else layer
+    variables = [torch.randn(2, 7, 6, requires_grad=True), *layer.parameters()]
+    grads = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            loss = call(variables[0]).square().sum()
+            firsts = torch.autograd.grad(loss, variables, create_graph=wrap == "eager")
+            grads.append(torch.autograd.grad(firsts[0].square().sum(), variables) if wrap == "eager" else firsts)
+    for cast, plain in zip(*grads, strict=True):
+        assert torch.equal(cast, plain)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_nan_that_comes_in_for_an_empty_bag_goes_nowhere(backend: str) -> None:
+    layer = fusefeat.AttentionPool(6, 5, backend=backend)
+    x = torch.randn(5, 6, requires_grad=True)
+    out = layer(x, cu_seqlens=torch.tensor([0, 3, 3, 5]))
+    (out / out.norm(dim=1, keepdim=True))[[0, 2]].sum().backward()  # 0 / 0 for the bag between
+    for variable in (x, *layer.parameters()):
+        assert not variable.grad.isnan().any()
+
+
+def test_batched_gradients_through_the_weights_alone() -> None:
+    layer, _ = pair()
+    _, weights = layer(pool_cases.rand(2, 4, 6), return_weights=True)
+    parameters, incoming = list(layer.parameters()), pool_cases.rand(3, 2, 4)
+    batched = torch.autograd.grad(weights, parameters, incoming, retain_graph=True, is_grads_batched=True)
+    for index, grad in enumerate(incoming):
+        single = torch.autograd.grad(weights, parameters, grad, retain_graph=True)
+        torch.testing.assert_close(single, tuple(parameter[index] for parameter in batched))
+
+
 def test_copies_and_compile() -> None:
     layer, _ = pair()
     x = pool_cases.rand(2, 4, 6)

@@ -80,6 +80,7 @@ WRONG: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (attend(x=P, cu_seqlens=CU.to("meta")), ValueError, "cu_seqlens must be on x's device"),
     (attend(scale=float("nan")), ValueError, "scale must be finite"),
     (attend(scale=float("inf")), ValueError, "scale must be finite"),
+    (attend(scale=10**400), ValueError, "scale must be finite"),
     (attend(scale="1"), TypeError, "scale must be a real number"),
     (attend(scale=None), TypeError, "scale must be a real number"),
     (attend(scale=True), TypeError, "scale must be a real number"),

@@ -93,7 +93,10 @@ class AttentionPool(nn.Module):
         chosen = backends.choose("attention_pool", self.backend, args[0])
         if chosen == "reference" or torch.compiler.is_compiling() or backends.under_transform():
             pool = partial(_attention_pool, need_weights=return_weights, backend=chosen)
-            out, _, _, weights, _ = partial(reference.attention_layer, pool=pool)(*args)
+            # The backward of a library's product, compiled under autocast, would be of half precision.
+            own = chosen == "cpu" and not backends.under_transform()
+            product = torch.ops.fusefeat.mm.default if own else torch.mm
+            out, _, _, weights, _ = partial(reference.attention_layer, pool=pool, product=product)(*args)
         else:
             checks.no_forward_mode("AttentionPool", *args)
             out, _, _, weights, _ = pools.layer(chosen)(*args, return_weights)

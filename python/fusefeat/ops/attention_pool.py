@@ -116,7 +116,8 @@ def _save_mm(ctx: Any, inputs: Any, output: Tensor) -> None:
 
 def _mm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
     a, b = ctx.saved_tensors
-    return torch.mm(grad, b.t()), torch.mm(a.t(), grad)
+    mm = torch.ops.fusefeat.mm.default  # neither autocast nor the number of threads changes it
+    return mm(grad, b.t()), mm(a.t(), grad)
 
 
 def _native() -> dict[str, Operator]:
@@ -165,7 +166,8 @@ def layer(backend: str) -> Operator:
             pooled, lse, weights = operator.forward(x, query, mask, cu, 1.0, need)
             out = mm(pooled, weight_in.t())
             if bias_in is not None:
-                out.add_(bias_in).masked_fill_((lse == reference.NEG_INF).unsqueeze(1), 0.0)
+                out.add_(bias_in)
+            out.masked_fill_((lse == reference.NEG_INF).unsqueeze(1), 0.0)
         return out, pooled, lse, weights, query
 
     def backward(
@@ -193,10 +195,12 @@ def layer(backend: str) -> Operator:
             grads[0], grad_query = operator.backward(
                 mm(grad, inner), grad_weights, x, query, mask, cu, 1.0, pooled, lse, weights, needs[0], need_query
             )
+            # What comes in for an empty bag, NaN for one, goes nowhere.
+            kept = torch.where((lse != reference.NEG_INF).unsqueeze(1), grad, 0.0) if needs[1] or needs[2] else grad
             if needs[1]:
-                grads[1] = mm(grad.t(), pooled).addcmul_(weight_out.to(acc).t(), grad_query.unsqueeze(0))
+                # Not in place: of the two terms, either alone may carry the axis of batched gradients.
+                grads[1] = mm(kept.t(), pooled).addcmul(weight_out.to(acc).t(), grad_query.unsqueeze(0))
             if needs[2]:
-                kept = torch.where((lse != reference.NEG_INF).unsqueeze(1), grad, 0.0)
                 grads[2] = mm(kept.new_ones(1, kept.shape[0]), kept).squeeze(0)
             if needs[3]:
                 grads[3] = mm(grad_query.unsqueeze(0), inner.t())

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import checks
+from .native import without_autocast
 from .vmap import loop
 
 VmapRule = Callable[[Callable[..., Any], int, Sequence[Any], Sequence[Any]], Any]
@@ -191,17 +192,18 @@ class Operator:
 
         result: list[Any] = [None] * ctx.arg_count
         primals = [args[i] for i in variables] + [grads[i] for i in given]
-        pair: Any = torch.func.vjp(first_gradients, *primals)
-        firsts, pullback = pair
-        by_position = dict(zip(self.wrt, incoming, strict=True))
-        # A gradient that was not asked for came back empty, and nothing can flow through it.
-        cotangents = tuple(
-            torch.zeros_like(first)
-            if by_position[i] is None or by_position[i].shape != first.shape
-            else by_position[i].to(first.dtype)
-            for i, first in zip(variables, firsts, strict=True)
-        )
-        seconds = pullback(cotangents)
+        with without_autocast(primals[0]):
+            pair: Any = torch.func.vjp(first_gradients, *primals)
+            firsts, pullback = pair
+            by_position = dict(zip(self.wrt, incoming, strict=True))
+            # A gradient that was not asked for came back empty, and nothing can flow through it.
+            cotangents = tuple(
+                torch.zeros_like(first)
+                if by_position[i] is None or by_position[i].shape != first.shape
+                else by_position[i].to(first.dtype)
+                for i, first in zip(variables, firsts, strict=True)
+            )
+            seconds = pullback(cotangents)
         for position, second in zip(variables, seconds, strict=False):
             result[len(self.grads) + position] = second
         for position, second in zip(given, seconds[len(variables) :], strict=True):

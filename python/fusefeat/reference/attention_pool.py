@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 NEG_INF = float("-inf")
 
@@ -122,17 +121,22 @@ def attention_layer(
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     pool: Callable[..., Any] = attention_pool,
+    product: Callable[[Tensor, Tensor], Tensor] = torch.mm,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """nn.AttentionPool by its factorisation, around any pool: out [B,H], pooled [B,D], lse [B], weights, query [D]."""
+    """nn.AttentionPool by its factorisation, around any pool and product of matrices.
+
+    Returns out [B,H], pooled [B,D], lse [B], weights and the query [D].
+    """
     acc = acc_dtype(x.dtype)
     weight_in = weight_in.to(acc)
-    query = (weight_out.to(acc) @ weight_in).squeeze(0)
+    query = product(weight_out.to(acc), weight_in).squeeze(0)
     if bias_out is not None:
         # Takes part in the graph, so that its gradient is 0 rather than None, and in nothing else.
         never = torch.zeros((), dtype=torch.bool, device=x.device)
         query = query + torch.where(never, bias_out.to(acc), 0.0)
     pooled, lse, weights = pool(x, query, mask, cu_seqlens, 1.0)
-    out = F.linear(pooled, weight_in)
+    out = product(pooled, weight_in.t())
     if bias_in is not None:
-        out = out + torch.where((lse != NEG_INF)[:, None], bias_in.to(acc), 0.0)
+        out = out + bias_in.to(acc)
+    out = torch.where((lse != NEG_INF)[:, None], out, 0.0)
     return out, pooled, lse, weights, query
