@@ -27,6 +27,9 @@ class AttentionPool(nn.Module):
     with :func:`fusefeat.attention_pool`; outputs and gradients equal the written-out layer's to rounding. The bias
     of ``linear_out`` shifts all scores of a bag alike and cancels in the softmax: its gradient is exactly 0.
 
+    The two Linears are read and never called: parametrizations of their weights count, while forward hooks (those of
+    ``torch.nn.utils.prune`` among them) and adapters that add to what a Linear returns do not.
+
     Args:
         input_size: channels D of the tokens.
         hidden_size: channels of the result.

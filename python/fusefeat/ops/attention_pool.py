@@ -29,6 +29,15 @@ def _vmap(
     x_dim, other_dim, mask_dim, cu_dim = dims[:4]
     x, other, mask, cu_seqlens, *extra = args
     need_weights = extra[-1]
+    if x_dim is None and mask_dim is None and cu_dim is None:
+        # Only the queries or scores are mapped: they all read x in one call.
+        axis = x.dim() - 1 if other_is_per_token else 0
+        queries = other.movedim(other_dim, axis)
+        axes = queries.shape[axis:] if other_is_per_token else queries.shape[:-1]
+        flat = queries.flatten(axis) if other_is_per_token else queries.flatten(0, -2)
+        out, lse, weights = call(x, flat, mask, cu_seqlens, *extra)
+        weights = weights.unflatten(-1, axes) if need_weights else weights.expand(size, 0)
+        return (out.unflatten(1, axes), lse.unflatten(1, axes), weights), (1, 1, x.dim() - 1 if need_weights else 0)
     if cu_dim is None and (other_is_per_token or other_dim is None):
         # The mapped axis becomes more bags of one call.
         x = fold(x, x_dim, size)
@@ -41,14 +50,6 @@ def _vmap(
         out, lse, weights = call(x, other, mask, cu_seqlens, *extra)
         weights = unfold(weights, size) if need_weights else weights.expand(size, 0)
         return (unfold(out, size), unfold(lse, size), weights), (0, 0, 0)
-    if x_dim is None and mask_dim is None and cu_dim is None and not other_is_per_token:
-        # Only the queries are mapped: they all read x in one call.
-        queries = other.movedim(other_dim, 0)
-        out, lse, weights = call(x, queries.flatten(0, -2), mask, cu_seqlens, *extra)
-        axes = queries.shape[:-1]
-        weights = weights.unflatten(-1, axes) if need_weights else weights.expand(size, 0)
-        weights_dim = 1 - queries.dim() if need_weights else 0
-        return (out.unflatten(1, axes), lse.unflatten(1, axes), weights), (1, 1, weights_dim)
     return loop(call, size, dims, args)
 
 
