@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import fusefeat
+import pytest
 import torch
 from fusefeat import _library, backends, info
 
@@ -23,7 +24,15 @@ def test_report_says_what_is_there() -> None:
         for device in ("cpu", "cuda"):
             choice = facts["dispatch"][family][device]
             assert choice["order"] == backends.order(family, device)
-            assert facts["backends"][choice["backend"]] is None
+            assert backends.BACKENDS[choice["backend"]].why_unavailable() is None
+
+
+def test_a_backend_without_its_device_does_not_run_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    only_cuda = backends.Backend("triton", ("cuda",), lambda: None)
+    monkeypatch.setitem(backends.BACKENDS, "triton", only_cuda)
+    for there, reason in ((False, "no CUDA device here"), (True, None)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert info.report()["backends"]["triton"] == reason
 
 
 def test_dispatch_of_the_report_is_the_real_one() -> None:

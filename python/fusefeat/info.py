@@ -21,6 +21,13 @@ def _triton_version() -> str | None:
         return None
 
 
+def _not_here(backend: backends.Backend) -> str | None:
+    """Why the backend runs nothing on this machine."""
+    if backend.device_types == ("cuda",) and not torch.cuda.is_available():
+        return backend.why_unavailable() or "no CUDA device here"
+    return backend.why_unavailable()
+
+
 def _dispatch(family: str, device_type: str, unavailable: dict[str, str | None]) -> dict[str, Any]:
     order = backends.order(family, device_type)
     usable = [name for name in order if unavailable[name] is None]
@@ -48,7 +55,7 @@ def report() -> dict[str, Any]:
         "not_loaded": library.reasons,
         "isa": isa,
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "backends": unavailable,
+        "backends": {name: _not_here(backend) for name, backend in backends.BACKENDS.items()},
         "dispatch": {
             family: {device: _dispatch(family, device, unavailable) for device in ("cpu", "cuda")}
             for family in backends.FAMILIES
