@@ -199,8 +199,9 @@ def layer(backend: str) -> Operator:
             # What comes in for an empty bag, NaN for one, goes nowhere.
             kept = torch.where((lse != reference.NEG_INF).unsqueeze(1), grad, 0.0) if needs[1] or needs[2] else grad
             if needs[1]:
-                # Not in place: of the two terms, either alone may carry the axis of batched gradients.
-                grads[1] = mm(kept.t(), pooled).addcmul(weight_out.to(acc).t(), grad_query.unsqueeze(0))
+                # In place, unless the second term alone may carry the axis of batched gradients.
+                add = Tensor.addcmul if torch._C._functorch.is_legacy_batchedtensor(grad_query) else Tensor.addcmul_
+                grads[1] = add(mm(kept.t(), pooled), weight_out.to(acc).t(), grad_query.unsqueeze(0))
             if needs[2]:
                 grads[2] = mm(kept.new_ones(1, kept.shape[0]), kept).squeeze(0)
             if needs[3]:
