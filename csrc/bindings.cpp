@@ -32,6 +32,7 @@ std::map<std::string, bool> cpu_features() {
   FUSEFEAT_FEATURE("avx512bw");
   FUSEFEAT_FEATURE("avx512dq");
   FUSEFEAT_FEATURE("avx512vl");
+  FUSEFEAT_FEATURE("avx512bf16");
 #undef FUSEFEAT_FEATURE
 #endif
   return features;

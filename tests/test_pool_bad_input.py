@@ -27,8 +27,19 @@ def layer(x: Any = X, size: Any = 4, hidden: Any = 3, dtype: Any = None, **keywo
     return lambda: fusefeat.AttentionPool(size, hidden, dtype=dtype)(x, **keywords)
 
 
+def replaced(linear_out: torch.nn.Linear) -> Callable[[], Any]:
+    module = fusefeat.AttentionPool(4, 3)
+    module.linear_out = linear_out
+    return lambda: module(X)
+
+
 WRONG: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (attend(x=None), TypeError, "x must be a torch.Tensor, got NoneType"),
+    (attend(return_weights="yes"), TypeError, "return_weights must be True or False, got str"),
+    (pool(return_weights=None), TypeError, "return_weights must be True or False"),
+    (layer(return_weights=1), TypeError, "return_weights must be True or False"),
+    (replaced(torch.nn.Linear(3, 2)), ValueError, r"linear_out.weight must have shape \[1, 3\].*\[2, 3\]"),
+    (replaced(torch.nn.Linear(7, 1)), ValueError, r"linear_out.weight must have shape \[1, 3\]"),
     (attend(x=np.zeros((2, 5, 4))), TypeError, "x must be a torch.Tensor"),
     (attend(x=X.tolist()), TypeError, "x must be a torch.Tensor"),
     (attend(x=X.long()), TypeError, "x must be float16.*got a int64"),

@@ -1,4 +1,5 @@
-"""Fused feature-learning ops for PyTorch: attention softmax-pooling without the big intermediate tensors."""
+"""Fused feature-learning ops for PyTorch: attention softmax-pooling, the shared penalty and the clamped regulariser,
+without the big intermediate tensors."""
 
 from . import functional, nn
 from ._version import __version__

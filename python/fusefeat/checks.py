@@ -69,6 +69,11 @@ def finite_number(function: str, name: str, value: Any) -> float:
     return number
 
 
+def flag(function: str, name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{function}: {name} must be True or False, got {describe(value)}")
+
+
 def positive_int(function: str, name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{function}: {name} must be an int, got {describe(value)}")

@@ -92,6 +92,7 @@ def attention_pool(
     checks.tokens_and_layout("attention_pool", "x", x, mask, cu_seqlens)
     checks.query("attention_pool", query, x)
     scale = checks.finite_number("attention_pool", "scale", scale)
+    checks.flag("attention_pool", "return_weights", return_weights)
     out, _, weights = _attention_pool(x, query, mask, cu_seqlens, scale, return_weights, backend)
     out = out if out.dtype == x.dtype else out.to(x.dtype)
     return (out, weights.to(x.dtype)) if return_weights else out
@@ -179,6 +180,7 @@ def softmax_pool(
     """
     checks.tokens_and_layout("softmax_pool", "values", values, mask, cu_seqlens)
     checks.scores("softmax_pool", scores, values)
+    checks.flag("softmax_pool", "return_weights", return_weights)
     chosen = backends.choose("softmax_pool", backend, values)
     if chosen == "reference":
         out, _, weights = reference.softmax_pool(values, scores, mask, cu_seqlens)

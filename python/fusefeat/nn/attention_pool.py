@@ -27,6 +27,9 @@ class AttentionPool(nn.Module):
     with :func:`fusefeat.attention_pool`; outputs and gradients equal the written-out layer's to rounding. The bias
     of ``linear_out`` shifts all scores of a bag alike and cancels in the softmax: its gradient is exactly 0.
 
+    The layer is the attention pooling of Ilse et al., "Attention-based Deep Multiple Instance Learning" (ICML 2018),
+    without the tanh between its two projections, and with the projected tokens pooled.
+
     The two Linears are read and never called: parametrizations of their weights count, while forward hooks (those of
     ``torch.nn.utils.prune`` among them) and adapters that add to what a Linear returns do not.
 
@@ -73,7 +76,11 @@ class AttentionPool(nn.Module):
             return_weights: also return the attention weights, [B,T] or [S].
 
         Returns:
-            [B,hidden_size] in the dtype of ``x``, 0 for a bag without a kept token; with ``return_weights`` a pair.
+            [B,hidden_size] in the dtype of ``x``, 0 for a bag without a kept token; with ``return_weights`` a pair of
+            it and the weights in the dtype of ``x``.
+
+        Raises:
+            As :func:`fusefeat.attention_pool`; ValueError also for parameters of other shapes than the layer's.
         """
         checks.tokens_and_layout("AttentionPool", "x", x, mask, cu_seqlens)
         first, last = self.linear_in, self.linear_out
@@ -86,10 +93,22 @@ class AttentionPool(nn.Module):
             if parameter is not None and (parameter.dtype != x.dtype or parameter.device != x.device):
                 checks.dtype_of_or_acc("AttentionPool", name, parameter, "x", x)
                 checks.same_device("AttentionPool", name, parameter, "x", x)
+        self._check_shapes(first.weight, last.weight)
+        checks.flag("AttentionPool", "return_weights", return_weights)
         with without_autocast(x):
             out, weights = self._pool((x, *parameters, mask, cu_seqlens), return_weights)
         out = out if out.dtype == x.dtype else out.to(x.dtype)
         return (out, weights.to(x.dtype)) if return_weights else out
+
+    def _check_shapes(self, weight_in: Tensor, weight_out: Tensor) -> None:
+        """A Linear may have been replaced, or be called with parameters of others."""
+        size, hidden = self.linear_in.in_features, self.linear_in.out_features
+        for name, weight, shape in (
+            ("linear_in.weight", weight_in, (hidden, size)),
+            ("linear_out.weight", weight_out, (1, hidden)),
+        ):
+            if weight.shape != shape:
+                raise ValueError(f"AttentionPool: {name} must have shape {list(shape)}, got {checks.describe(weight)}")
 
     def _pool(self, args: tuple[Any, ...], return_weights: bool) -> tuple[Tensor, Tensor]:
         """The result and the weights in the accumulation type."""
