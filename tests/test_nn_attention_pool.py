@@ -190,6 +190,25 @@ def test_autocast_reaches_no_gradient(wrap: str) -> None:
         assert torch.equal(cast, plain)
 
 
+def test_autocast_reaches_no_gradient_of_a_transform() -> None:
+    layer, _ = pair(torch.float32)
+    x, parameters = torch.randn(3, 2, 7, 6), dict(layer.named_parameters())
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, parameters, (x,)).square().sum()
+
+    def second(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.grad(loss, 1)(parameters, x).square().sum()
+
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            grads = [torch.func.vmap(torch.func.grad(f), (None, 0))(parameters, x) for f in (loss, second)]
+        found.append([value for grad in grads for value in grad.values()])
+    for cast, plain in zip(*found, strict=True):
+        assert torch.equal(cast, plain)
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_a_nan_that_comes_in_for_an_empty_bag_goes_nowhere(backend: str) -> None:
     layer = fusefeat.AttentionPool(6, 5, backend=backend)

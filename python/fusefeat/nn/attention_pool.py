@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,14 @@ from ..ops.native import without_autocast
 from ..reference import attention_pool as reference
 
 _PARAMETERS = ("linear_in.weight", "linear_in.bias", "linear_out.weight", "linear_out.bias")
+
+
+def _product(backend: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """A product of matrices whose backward autocast does not make one of half precision, where there is one."""
+    if backends.under_transform():
+        plain = backend == "reference" or torch.compiler.is_compiling()
+        return torch.mm if plain else pools.transformed_product
+    return torch.ops.fusefeat.mm.default if backend == "cpu" else torch.mm
 
 
 class AttentionPool(nn.Module):
@@ -113,14 +122,13 @@ class AttentionPool(nn.Module):
     def _pool(self, args: tuple[Any, ...], return_weights: bool) -> tuple[Tensor, Tensor]:
         """The result and the weights in the accumulation type."""
         chosen = backends.choose("attention_pool", self.backend, args[0])
+        if chosen != "reference":
+            checks.no_forward_mode("AttentionPool", *args)
         if chosen == "reference" or torch.compiler.is_compiling() or backends.under_transform():
             pool = partial(_attention_pool, need_weights=return_weights, backend=chosen)
-            # The backward of a library's product, compiled under autocast, would be of half precision.
-            own = chosen == "cpu" and not backends.under_transform()
-            product = torch.ops.fusefeat.mm.default if own else torch.mm
-            out, _, _, weights, _ = partial(reference.attention_layer, pool=pool, product=product)(*args)
+            layer = partial(reference.attention_layer, pool=pool, product=_product(chosen))
+            out, _, _, weights, _ = layer(*args)
         else:
-            checks.no_forward_mode("AttentionPool", *args)
             out, _, _, weights, _ = pools.layer(chosen)(*args, return_weights)
         return out, weights
 

@@ -121,6 +121,29 @@ def _mm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
     return mm(grad, b.t()), mm(a.t(), grad)
 
 
+class _Product(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor) -> Tensor:
+        with without_autocast(a):
+            return torch.mm(a, b)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = ctx.saved_tensors
+        return transformed_product(grad, b.t()), transformed_product(a.t(), grad)
+
+
+def transformed_product(a: Tensor, b: Tensor) -> Tensor:
+    """a b under the transforms of ``torch.func``, in derivatives too without autocast."""
+    return _Product.apply(a, b)
+
+
 def _native() -> dict[str, Operator]:
     torch.library.register_fake("fusefeat::mm", _fake_mm)
     torch.library.register_autograd("fusefeat::mm", _mm_backward, setup_context=_save_mm)
