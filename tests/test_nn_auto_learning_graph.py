@@ -74,6 +74,26 @@ def test_checkpointing_neither_steps_again_nor_sees_other_weights(loss: Any, ree
     assert all(grad.any() for grad in grads[1])
 
 
+@pytest.mark.parametrize("regions", [1, 2])
+def test_the_same_input_twice_in_checkpoints(regions: int) -> None:
+    """In one region, and in two that are recomputed in the order in which they ran."""
+    layer = make(decorrelate)
+    plain = copy.deepcopy(layer)
+    x = rand(5, 3)
+    grads = []
+    for model, wrap in ((layer, True), (plain, False)):
+        leaf = x.clone().requires_grad_()
+        functions = [lambda t, m=model: body(m, t).square(), lambda t, m=model: 2 * body(m, t).pow(3)]
+        if regions == 1:
+            functions = [lambda t, both=tuple(functions): both[0](t) + both[1](t)]
+        outs = [checkpoint(f, leaf, use_reentrant=False) if wrap else f(leaf) for f in functions]
+        for out in outs:
+            out.sum().backward()
+        grads.append([leaf.grad, *(p.grad for p in model.net.parameters())])
+    torch.testing.assert_close(*grads, rtol=1e-13, atol=1e-13)
+    assert all(grad.any() for grad in grads[1])
+
+
 def test_checkpointing_through_a_second_backward_and_beside_a_plain_forward() -> None:
     layer = make(decorrelate)
     plain = copy.deepcopy(layer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,18 @@ KEPT_WITHOUT_GRAPH = 4
 def in_backward() -> bool:
     """Whether this thread runs a backward: a forward is then a recomputation, as under checkpointing."""
     return torch._C._current_graph_task_id() != -1
+
+
+def checkpointed_region() -> Any:
+    """What the checkpointed function that runs now is known by, the same in its forward and in its recomputation; None
+    outside of one, under reentrant checkpointing, and where torch keeps it in another place."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    pack = None if hooks is None else inspect.unwrap(hooks[0])
+    names, cells = getattr(getattr(pack, "__code__", None), "co_freevars", ()), getattr(pack, "__closure__", None) or ()
+    for name, cell in zip(names, cells, strict=False):
+        if name in ("frame", "target_frame_ref"):
+            return cell.cell_contents if name == "frame" else cell.cell_contents()
+    return None
 
 
 def must_be_pure() -> bool:
@@ -54,6 +67,7 @@ class Kept:
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self.tensors = tensors
         self.mark = torch.empty(0)
+        self.region = checkpointed_region()
         self.recomputed_in = -1  # the backward (graph task) that recomputed it last
 
 
@@ -92,7 +106,8 @@ class Record:
     def find(self, shape: torch.Size, outputs_of: Callable[[Kept], Tensor]) -> Kept | None:
         """The forward that is being recomputed: ``outputs_of`` gives the mark it should have, of this shape.
 
-        A backward recomputes the latest forwards first, hence the order where several fit equally well.
+        A checkpointed region gives its own, in the order in which it ran. Otherwise the mark decides; a backward
+        recomputes the latest forwards first, hence the order where several fit equally well.
         """
         task = torch._C._current_graph_task_id()
         alive = [kept for ref in self._with_graph if (kept := ref()) is not None]
@@ -104,7 +119,11 @@ class Record:
         if not fitting:
             return None
         chosen = fitting[0]
-        if len(fitting) > 1 and shape.numel():
+        region = checkpointed_region()
+        of_region = [kept for kept in fitting if region is not None and kept.region is region]
+        if of_region:
+            chosen = of_region[-1]
+        elif len(fitting) > 1 and shape.numel():
             chosen = min(fitting, key=lambda kept: _distance(kept.mark, outputs_of(kept)))
         chosen.recomputed_in = task
         return chosen

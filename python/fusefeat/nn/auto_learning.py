@@ -42,7 +42,8 @@ class AutoLearningLayer(nn.Module):
 
     The layer takes no step in eval mode, at learning rate 0, in inference mode, below a ``torch.func`` transform, and
     in a forward that runs inside a backward, which is a recomputation (checkpointing, either kind): that one uses the
-    weights of the forward it repeats (without a graph, as reentrant checkpointing runs it, the last four are known).
+    weights of the forward it repeats (without a graph, as reentrant checkpointing runs it, the last four
+    are known, and of two with the same input the later one is taken first).
     Parameters with ``requires_grad=False``, and computed (parametrised) ones, are not stepped. A step that is not
     finite in every entry is not taken, so a NaN batch shows in y but does not destroy the weights.
 
