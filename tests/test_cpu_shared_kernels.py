@@ -117,6 +117,21 @@ def test_logits_kept_in_bfloat16(isa: str, keep: int, channels: int, features: i
         assert error(mine, true) <= (1.3 if channels > 4 else 1.5) * error(other, true)
 
 
+def test_long_sums_are_rounded_no_more_than_short_ones(isa: str) -> None:
+    """Logits of a thousand channels are sums of sums."""
+    errors = []
+    for channels in (256, 1024):
+        x, weight = torch.randn(96, channels), torch.randn(500, channels) * channels**-0.5
+        args = (None, x, weight, None, 1.0, 0, 1.0, 1.0, False, 0.0, 0.0)
+        *_, entropy, lse, probs, kept = OPS.shared_loss(*args, 0)
+        needs = [False, True, True, False]
+        got = OPS.shared_loss_backward(torch.ones(()), None, *args, entropy, lse, probs, kept, needs)[1:3]
+        exact = [t.double().requires_grad_() for t in (x, weight)]
+        want = torch.autograd.grad(plain_penalty(exact[0] @ exact[1].T), exact)
+        errors.append([error(mine, true) for mine, true in zip(got, want, strict=True)])
+    assert all(long <= 1.3 * short for short, long in zip(*errors, strict=True)), errors
+
+
 @pytest.mark.parametrize("operand", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rounded_operands(isa: str, dtype: torch.dtype, operand: int) -> None:

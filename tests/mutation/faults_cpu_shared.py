@@ -14,8 +14,14 @@ LOGITS = rows(
     ("bias of the tile's first feature", "splat<A>(bias[f + r]);", "splat<A>(bias[f]);"),
     (
         "earlier channels of the wrong rows",
-        "sum[r][1] += load(from + (f + r) * strip + kLanes<A>);",
-        "sum[r][1] += load(from + (f + r) * strip);",
+        "sum[r][1] += load(earlier + r * strip + kLanes<A>);",
+        "sum[r][1] += load(earlier + r * strip);",
+    ),
+    (
+        "all channels summed in one go",
+        "constexpr int64_t kSummed = 256;",
+        "constexpr int64_t kSummed = 1024;",
+        f"{KERNELS} and long_sums",
     ),
     (
         "a row too many",

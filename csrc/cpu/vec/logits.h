@@ -31,6 +31,9 @@ inline int64_t packed_weight_length(const Logits& logits) {
   return blocks_of(logits.depth_block, kStrip<A> * (kPairs ? 2 : 1)) * logits.block * kStrip<A>;
 }
 
+// Packed channels that are summed in one go: partial sums keep the rounding of long sums down.
+constexpr int64_t kSummed = 256;
+
 // One strip of rows times `features` weights. Starts from `from` when given (earlier channels), and applies
 // margin and bias when these are the last channels.
 template <typename A, bool kPairs>
@@ -42,14 +45,21 @@ inline void logits_tile(
   const A* bias = logits.bias == nullptr ? nullptr : static_cast<const A*>(logits.bias) + first_feature;
   for_row_tiles(features, [&]<int kRows>(int64_t f) {
     VecOf<A> sum[kRows][2];
-    clear_tile<A, kRows>(sum);
-    multiply_rows<A, kPairs, kRows, strip>(weights + f * strip, features * strip, rows, depth, sum);
-    if (from != nullptr) {
+    const A* earlier = from == nullptr ? nullptr : from + f * strip;
+    for (int64_t k = 0;; k += kSummed) {
+      clear_tile<A, kRows>(sum);
+      multiply_rows<A, kPairs, kRows, strip>(
+          weights + k * features + f * strip, features * strip, rows + k * strip, min_of(kSummed, depth - k), sum);
+      if (earlier != nullptr) {
 #pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-        sum[r][0] += load(from + (f + r) * strip);
-        sum[r][1] += load(from + (f + r) * strip + kLanes<A>);
+        for (int r = 0; r < kRows; ++r) {
+          sum[r][0] += load(earlier + r * strip);
+          sum[r][1] += load(earlier + r * strip + kLanes<A>);
+        }
       }
+      if (k + kSummed >= depth) break;
+      earlier = to + f * strip;
+      store_tile<A, kRows>(to + f * strip, strip, strip, false, sum);
     }
     if (last) {
 #pragma GCC unroll 8
