@@ -2,7 +2,7 @@
 
 The operators run and their launches are recorded, so what is compiled is what would be launched.
 
-    python benchmarks/triton_resources.py [--full] [--arch 90 ...] [--jobs N]
+    python benchmarks/triton_resources.py [--each-arch | --full] [--arch 90 ...] [--jobs N]
 """
 
 from __future__ import annotations
@@ -144,12 +144,12 @@ def shared_launches_of(run: Any) -> list[Launch]:
     return found
 
 
-def all_launches(full: bool, archs: tuple[int, ...]) -> Iterator[tuple[Launch, int]]:
+def all_launches(full: bool, each_arch: bool, archs: tuple[int, ...]) -> Iterator[tuple[Launch, int]]:
     seen = set()
     found = [(launches_of(lambda case=case: run_pools(*case)), wanted) for *case, wanted in all_cases(full)]
     found += [(shared_launches_of(lambda case=case: run_shared(*case)), wanted) for *case, wanted in shared_cases(full)]
     for launches, case_archs in found:
-        for launch, arch in itertools.product(launches, case_archs):
+        for launch, arch in itertools.product(launches, ARCHS if each_arch else case_archs):
             if arch in archs and (launch, arch) not in seen:
                 seen.add((launch, arch))
                 yield launch, arch
@@ -178,8 +178,8 @@ def compile_launch(launch: Launch, arch: int) -> Resources:
     return Resources(launch.kernel, config, arch, use["REG"], use["STACK"] + use["LOCAL"], compiled.metadata.shared)
 
 
-def measure(full: bool, archs: tuple[int, ...], jobs: int) -> list[Resources]:
-    work = list(all_launches(full, archs))
+def measure(full: bool, each_arch: bool, archs: tuple[int, ...], jobs: int) -> list[Resources]:
+    work = list(all_launches(full, each_arch, archs))
     with ProcessPoolExecutor(jobs) as pool:
         return list(pool.map(compile_launch, *zip(*work, strict=True)))
 
@@ -187,11 +187,12 @@ def measure(full: bool, archs: tuple[int, ...], jobs: int) -> list[Resources]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--full", action="store_true", help="every dtype, size and option, not one of each kind")
+    parser.add_argument("--each-arch", action="store_true", help="each configuration for all architectures")
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHS, default=ARCHS)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--json", type=Path, help="also write the rows here")
     options = parser.parse_args()
-    rows = measure(options.full, tuple(options.arch), options.jobs)
+    rows = measure(options.full, options.each_arch, tuple(options.arch), options.jobs)
     for row in rows:
         print(
             f"{row.kernel:16} sm_{row.arch:<4} {row.registers:4} regs {row.spilled:5} spilled {row.shared:6} shared"
