@@ -33,10 +33,13 @@ inline VecOf<A> multiply_add(VecOf<A> a, VecOf<A> b, VecOf<A> sum) {
   return fma(a, b, sum);
 }
 
-// sum[r] += sum_k a(r, k) b(k), where a(r, k) = a[k / kRun * run_stride + r * kRun + k % kRun].
-template <typename A, bool kPairs, int kRows, int kRun>
-inline void multiply_rows(const A* a, int64_t run_stride, const A* b, int64_t depth, VecOf<A> (&sum)[kRows][2]) {
+// sum[r] += sum_k a(r, k) b(k), where a(r, k) = a[k / kRun * run_stride + r * kRun + k % kRun]. Calls beside(k) for
+// each run.
+template <typename A, bool kPairs, int kRows, int kRun, typename Beside>
+inline void multiply_rows(
+    const A* a, int64_t run_stride, const A* b, int64_t depth, VecOf<A> (&sum)[kRows][2], const Beside& beside) {
   for (int64_t k = 0; k < depth; k += kRun, a += run_stride) {
+    beside(k);
     const int run = depth - k < kRun ? static_cast<int>(depth - k) : kRun;
     for (int i = 0; i < run; ++i, b += kStrip<A>) {
       const VecOf<A> b0 = load(b), b1 = load(b + kLanes<A>);

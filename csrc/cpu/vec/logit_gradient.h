@@ -130,13 +130,12 @@ void logits_task(const SharedBackwardArgs& args, int64_t block, int64_t group, v
   const bool last = args.depth_end == logits.channels;
   A* weights = static_cast<A*>(scratch);
   A* z = weights + packed_weight_length<A, kPairs>(logits);
-  pack_by_rows<A, kPairs>(RowRange{&logits, true, begin, features}, args.depth_begin, args.depth_end, weights);
+  const WeightBlock<A> weight_block{logits, begin, features, args.depth_begin, args.depth_end, weights};
   const int64_t end = min_of((group + 1) * group_strips, args.chunk.strips);
   for (int64_t s = group * group_strips; s < end; ++s) {
     const int64_t offset = (s * logits.features + begin) * kStrip<A>;
     logits_tile<A, kPairs>(
-        logits, weights, packed_strip<A, kPairs>(logits, args.packed, s),
-        packed_depth<A, kPairs>(args.depth_end - args.depth_begin), begin, features,
+        weight_block, s == group * group_strips, packed_strip<A, kPairs>(logits, args.packed, s),
         args.depth_begin == 0 ? nullptr : static_cast<const A*>(args.tile) + offset, last, z);
     with_kept<A>(args.tile_type, args.tile, offset, [&]<typename T>(T* tile) {
       // By way of a tile in cache: stores that miss hold up the products. And the sums are over what is read again.

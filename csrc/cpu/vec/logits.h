@@ -34,22 +34,42 @@ inline int64_t packed_weight_length(const Logits& logits) {
 // Packed channels that are summed in one go: partial sums keep the rounding of long sums down.
 constexpr int64_t kSummed = 256;
 
-// One strip of rows times `features` weights. Starts from `from` when given (earlier channels), and applies
-// margin and bias when these are the last channels.
+// A block of weights, channels [begin, end), and where it is packed to.
+template <typename A>
+struct WeightBlock {
+  const Logits& logits;
+  int64_t first, features, begin, end;
+  A* packed;
+};
+
+// One strip of rows times a block of weights. Starts from `from` when given (earlier channels), and applies margin and
+// bias when these are the last channels. The first strip of a task packs each tile of weights just before it is
+// multiplied: what comes next is on its way from memory meanwhile.
 template <typename A, bool kPairs>
-inline void logits_tile(
-    const Logits& logits, const A* weights, const A* rows, int64_t depth, int64_t first_feature, int64_t features,
-    const A* from, bool last, A* to) {
+inline void logits_tile(const WeightBlock<A>& block, bool pack, const A* rows, const A* from, bool last, A* to) {
   constexpr int strip = kStrip<A>;
+  const Logits& logits = block.logits;
+  const int64_t features = block.features, first_feature = block.first;
+  const int64_t depth = packed_depth<A, kPairs>(block.end - block.begin);
+  const A* weights = block.packed;
   const VecOf<A> margin = splat<A>(static_cast<A>(logits.margin));
   const A* bias = logits.bias == nullptr ? nullptr : static_cast<const A*>(logits.bias) + first_feature;
   for_row_tiles(features, [&]<int kRows>(int64_t f) {
     VecOf<A> sum[kRows][2];
     const A* earlier = from == nullptr ? nullptr : from + f * strip;
+    Ahead ahead;
+    if (pack) {
+      const RowRange range{&logits, true, first_feature, features};
+      pack_by_rows<A, kPairs>(range, f, f + kRows, block.begin, block.end, block.packed);
+      const int64_t next = first_feature + f + kRows, end = min_of(next + kTileRows, first_feature + features);
+      ahead = Ahead(logits.weight, next, end, block.begin, block.end);
+    }
+    const int64_t lines = ahead.lines() * strip / (depth + 1) + 1;
     for (int64_t k = 0;; k += kSummed) {
       clear_tile<A, kRows>(sum);
       multiply_rows<A, kPairs, kRows, strip>(
-          weights + k * features + f * strip, features * strip, rows + k * strip, min_of(kSummed, depth - k), sum);
+          weights + k * features + f * strip, features * strip, rows + k * strip, min_of(kSummed, depth - k), sum,
+          [&](int64_t) { ahead.ask(lines); });
       if (earlier != nullptr) {
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {

@@ -68,6 +68,13 @@ inline void row_to_operands(const Matrix& matrix, int64_t row, int64_t begin, in
   }
 }
 
+template <typename T>
+constexpr Scalar kScalar = Scalar::f32;
+template <>
+inline constexpr Scalar kScalar<double> = Scalar::f64;
+template <>
+inline constexpr Scalar kScalar<BFloat16> = Scalar::bf16;
+
 // A range of rows that are packed together: of the chunk, or of the weight.
 struct RowRange {
   const Logits* logits;
@@ -94,12 +101,14 @@ struct RowRange {
     row_to_operands(matrix, row, begin_column, columns, logits->operand, to);
   }
 
-  // The row itself when it holds neighbouring bfloat16 that need no rounding, else null.
-  const BFloat16* bfloat16_row(int64_t row, int64_t column) const {
+  // The row itself when it holds neighbouring numbers of this type that need no rounding, else null.
+  template <typename T>
+  const T* direct(int64_t row, int64_t column) const {
     if (row >= count) return nullptr;
     const Matrix& matrix = locate(row);
-    if (matrix.type != Scalar::bf16 || matrix.col_stride != 1) return nullptr;
-    return static_cast<const BFloat16*>(matrix.data) + row * matrix.row_stride + column;
+    if (matrix.type != kScalar<T> || matrix.col_stride != 1) return nullptr;
+    if (logits->operand != 0 && matrix.type != Scalar::bf16) return nullptr;
+    return static_cast<const T*>(matrix.data) + row * matrix.row_stride + column;
   }
 };
 
@@ -123,7 +132,7 @@ inline void get_strip(const RowRange& rows, int64_t row, int64_t begin, int64_t 
   const int64_t count = columns < width ? (columns < 0 ? 0 : columns) : width;
   if constexpr (kPairs) {
 #if defined(FUSEFEAT_BF16)
-    const BFloat16* direct = count == width ? rows.bfloat16_row(row, begin) : nullptr;
+    const BFloat16* direct = count == width ? rows.direct<BFloat16>(row, begin) : nullptr;
     if (direct != nullptr) {
       __builtin_memcpy(to, direct, width * sizeof *direct);
       return;
@@ -135,6 +144,11 @@ inline void get_strip(const RowRange& rows, int64_t row, int64_t begin, int64_t 
     store(to + 16, to_pairs(wide + 32));
 #endif
   } else {
+    const A* direct = count == width ? rows.direct<A>(row, begin) : nullptr;
+    if (direct != nullptr) {
+      __builtin_memcpy(to, direct, width * sizeof *direct);
+      return;
+    }
     rows.get(row, begin, count, to);
     for (int64_t i = count; i < width; ++i) to[i] = A{};
   }
@@ -144,18 +158,47 @@ inline void get_strip(const RowRange& rows, int64_t row, int64_t begin, int64_t 
 // to the same few lines of a cache.
 constexpr int64_t kPackedRows = 8;
 
-// For the broadcast operand: to[strip of columns][row][column], pairs along the columns.
+// For the broadcast operand: rows [first, last) to[strip of columns][row][column], pairs along the columns.
 template <typename A, bool kPairs>
-inline void pack_by_rows(const RowRange& rows, int64_t begin, int64_t end, A* to) {
+inline void pack_by_rows(const RowRange& rows, int64_t first, int64_t last, int64_t begin, int64_t end, A* to) {
   constexpr int width = kStrip<A> * (kPairs ? 2 : 1);
-  for (int64_t first = 0; first < rows.count; first += kPackedRows) {
-    const int64_t last = first + kPackedRows < rows.count ? first + kPackedRows : rows.count;
-    A* at = to;
-    for (int64_t c = begin; c < end; c += width, at += rows.count * kStrip<A>) {
-      for (int64_t r = first; r < last; ++r) get_strip<A, kPairs>(rows, r, c, end - c, at + r * kStrip<A>);
-    }
+  for (int64_t c = begin; c < end; c += width, to += rows.count * kStrip<A>) {
+    for (int64_t r = first; r < last; ++r) get_strip<A, kPairs>(rows, r, c, end - c, to + r * kStrip<A>);
   }
 }
+
+// Asks for the memory of a block of a matrix, a few lines at a time.
+class Ahead {
+ public:
+  Ahead() = default;
+  Ahead(const Matrix& matrix, int64_t row, int64_t rows, int64_t begin, int64_t end) {
+    if (matrix.col_stride != 1 || row >= rows) return;
+    const int64_t size = matrix.type == Scalar::f64 ? 8 : matrix.type == Scalar::f32 ? 4 : 2;
+    at_ = static_cast<const char*>(matrix.data) + (row * matrix.row_stride + begin) * size;
+    stride_ = matrix.row_stride * size;
+    width_ = (end - begin) * size;
+    rows_ = rows - row;
+  }
+
+  int64_t lines() const { return rows_ * ((width_ + kLine - 1) / kLine); }
+
+  void ask(int64_t lines) {
+    for (; lines > 0 && rows_ > 0; --lines) {
+      __builtin_prefetch(at_ + offset_, 0, 2);
+      offset_ += kLine;
+      if (offset_ >= width_) {
+        offset_ = 0;
+        at_ += stride_;
+        --rows_;
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  const char* at_ = nullptr;
+  int64_t stride_ = 0, width_ = 0, rows_ = 0, offset_ = 0;
+};
 
 // to[column or pair of them][row], kStrip rows.
 template <typename A, bool kPairs>
@@ -182,8 +225,8 @@ inline void pack_by_columns(const RowRange& rows, int64_t begin, int64_t end, A*
 // One strip's worth of two rows.
 inline void get_strip_of_pairs(const RowRange& rows, int64_t row, int64_t begin, int64_t columns, float* to) {
   constexpr int strip = kStrip<float>;
-  const BFloat16* direct_a = columns >= strip ? rows.bfloat16_row(row, begin) : nullptr;
-  const BFloat16* direct_b = columns >= strip ? rows.bfloat16_row(row + 1, begin) : nullptr;
+  const BFloat16* direct_a = columns >= strip ? rows.direct<BFloat16>(row, begin) : nullptr;
+  const BFloat16* direct_b = columns >= strip ? rows.direct<BFloat16>(row + 1, begin) : nullptr;
   if (direct_a != nullptr && direct_b != nullptr) {
     store(to, interleave_pairs(load(direct_a), load(direct_b)));
     store(to + 16, interleave_pairs(load(direct_a + 16), load(direct_b + 16)));

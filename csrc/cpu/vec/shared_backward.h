@@ -81,11 +81,12 @@ inline void write_tile(
 template <typename A, bool kPairs>
 inline void add_row_gradients(
     const SharedBackwardArgs& args, const GradientTiles<A, kPairs>& tiles, const A* weights, int64_t part,
-    int64_t begin_strip, int64_t end_strip, bool first) {
+    int64_t begin_strip, int64_t end_strip, bool first, Ahead ahead) {
   constexpr int strip = kStrip<A>;
   const int64_t rows = args.chunk.strips * strip, depth = tiles.feature_pairs();
   const int64_t channel_strips = blocks_of(args.depth_end - args.depth_begin, strip);
   const Logits& logits = args.logits;
+  const int64_t lines = ahead.lines() / (channel_strips * (end_strip - begin_strip) * (strip / kTileRows)) + 1;
   for (int64_t c = 0; c < channel_strips; ++c) {
     for (int64_t s = begin_strip; s < end_strip; ++s) {
       const int64_t row = args.chunk.begin + s * strip, count = rows_of_strip<A>(args.chunk, s);
@@ -109,6 +110,7 @@ inline void add_row_gradients(
       for_row_tiles(count, [&]<int kRows>(int64_t r) {
         VecOf<A> sum[kRows][2];
         prefetch_tile<A, kRows>(to + r * strip, strip);
+        ahead.ask(lines);
         clear_tile<A, kRows>(sum);
         multiply_columns<A, kPairs, kRows>(dz + r, weights + c * depth * strip, depth, sum);
         store_tile<A, kRows>(to + r * strip, strip, strip, !first, sum);
@@ -134,7 +136,8 @@ inline void add_weight_gradient(
       A* to = sums + f * logits.channels + c;
       prefetch_tile<A, kRows>(to, logits.channels);
       clear_tile<A, kRows>(sum);
-      multiply_rows<A, kPairs, kRows, run>(tiles.by_row + f * run, tiles.features * run, rows, depth, sum);
+      multiply_rows<A, kPairs, kRows, run>(
+          tiles.by_row + f * run, tiles.features * run, rows, depth, sum, [](int64_t) {});
       store_tile<A, kRows>(to, logits.channels, columns, !first, sum);
     });
   }
@@ -209,7 +212,13 @@ void gradient_task(const SharedBackwardArgs& args, int64_t part, int64_t sum, vo
           sums[f] = (first_rows ? A{} : sums[f]) + sum_lanes(load(bias_sums + f * kLanes<A>));
         }
       }
-      if (with_rows) add_row_gradients<A, kPairs>(args, tiles, weights, part, begin_strip, end_strip, b == first_block);
+      if (with_rows) {
+        // The weights of the next block, before they are packed.
+        const int64_t next = begin + features,
+                      end = b + 1 < end_block && g + 1 == end_group ? next + logits.block : next;
+        const Ahead ahead(logits.weight, next, min_of(end, logits.features), args.depth_begin, args.depth_end);
+        add_row_gradients<A, kPairs>(args, tiles, weights, part, begin_strip, end_strip, b == first_block, ahead);
+      }
       if (args.grad_weight != nullptr) {
         add_weight_gradient<A, kPairs>(args, tiles, begin, sum, begin_strip, end_strip, first_rows);
       }

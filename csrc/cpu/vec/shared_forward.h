@@ -110,7 +110,7 @@ void forward_task(const SharedForwardArgs& args, int64_t block, int64_t group, v
   const A margin = static_cast<A>(logits.margin);
   A* weights = static_cast<A*>(scratch);
   A* z = weights + packed_weight_length<A, kPairs>(logits);
-  pack_by_rows<A, kPairs>(RowRange{&logits, true, begin, features}, args.depth_begin, args.depth_end, weights);
+  const WeightBlock<A> weight_block{logits, begin, features, args.depth_begin, args.depth_end, weights};
   int32_t* fired = args.fired == nullptr ? nullptr : args.fired + group * logits.features + begin;
   for (int64_t f = 0; last && fired != nullptr && f < features; ++f) fired[f] = 0;
   A* probs = args.prob_sums == nullptr ? nullptr : z + logits.block * strip;
@@ -120,8 +120,7 @@ void forward_task(const SharedForwardArgs& args, int64_t block, int64_t group, v
     A* tile = args.tile == nullptr ? z : static_cast<A*>(args.tile) + (s * logits.features + begin) * strip;
     if (args.whole) pack_transposed<A, kPairs>(logits, args.chunk, s, 0, logits.channels, args.packed);
     logits_tile<A, kPairs>(
-        logits, weights, packed_strip<A, kPairs>(logits, args.packed, s),
-        packed_depth<A, kPairs>(args.depth_end - args.depth_begin), begin, features,
+        weight_block, s == group * group_strips, packed_strip<A, kPairs>(logits, args.packed, s),
         args.depth_begin == 0 ? nullptr : tile, last, last ? z : tile);
     if (!last) continue;
     const int64_t row = args.chunk.begin + s * strip;
