@@ -101,12 +101,12 @@ def plain_penalty(z: Tensor) -> Tensor:
 # has half a group of rows in scratch.
 @pytest.mark.parametrize(("channels", "features"), [(30, 100), (30, 150), (1100, 150), (4, 20000)])
 @pytest.mark.parametrize("keep", [0, 64, 300])
-def test_logits_kept_in_bfloat16(isa: str, keep: int, channels: int, features: int) -> None:
-    """Gradients lose no more to them than plain PyTorch's lose to its own; those of the others are rounded, too."""
+def test_logits_kept_in_float16(isa: str, keep: int, channels: int, features: int) -> None:
+    """Gradients lose less to them than plain PyTorch's lose to its own in bfloat16; the others' are rounded, too."""
     x, weight = torch.randn(300, channels).bfloat16(), torch.randn(features, channels).bfloat16()
     args = (None, x, weight, None, 1.0, 0, 1.0, 1.0, False, 0.0, 0.0)
     *_, entropy, lse, probs, kept = OPS.shared_loss(*args, keep)
-    assert kept.dtype == torch.bfloat16 and kept.shape == ((keep, features) if keep else (0,))
+    assert kept.dtype == torch.float16 and kept.shape == ((keep, features) if keep else (0,))
     needs = [False, True, True, False]
     got = OPS.shared_loss_backward(torch.ones(()), None, *args, entropy, lse, probs, kept, needs)[1:3]
     leaves = [t.requires_grad_() for t in (x, weight)]
@@ -114,7 +114,7 @@ def test_logits_kept_in_bfloat16(isa: str, keep: int, channels: int, features: i
     want = torch.autograd.grad(plain_penalty(exact[0] @ exact[1].T), exact)
     eager = torch.autograd.grad(plain_penalty(x @ weight.T), leaves)
     for mine, other, true in zip(got, eager, want, strict=True):
-        assert error(mine, true) <= (1.3 if channels > 4 else 1.5) * error(other, true)
+        assert error(mine, true) <= 1.1 * error(other, true)
 
 
 def test_long_sums_are_rounded_no_more_than_short_ones(isa: str) -> None:

@@ -16,6 +16,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 CASES = {
     "pools": ["tests/test_attention_pool.py", "-k", "cpu and not gradcheck and not float16"],
+    "sweep": ["tests/test_cpu_sweep.py", "-k", "not generic and (partial or chunks) and (float32 or bfloat16)"],
     "shared": [
         "tests/test_shared_penalty.py",
         "-k",

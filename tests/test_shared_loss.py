@@ -75,17 +75,22 @@ def test_large_logits_of_bfloat16(margin: float, keep: bool, monkeypatch: pytest
 
 
 def plain_penalty(x: Tensor, weight: Tensor) -> Tensor:
-    log_probs = torch.log_softmax(x @ weight.t(), 1)
+    z = x @ weight.t()
+    log_probs = torch.log_softmax(z, 1, dtype=torch.promote_types(z.dtype, torch.float32))
     mean = log_probs.exp().mean(0)
     entropy = -torch.where(log_probs.exp() == 0, 0.0, log_probs.exp() * log_probs).sum(1).mean()
     return entropy + torch.where(mean == 0, 0.0, mean * (torch.where(mean == 0, 1.0, mean) * len(weight)).log()).sum()
 
 
-@pytest.mark.parametrize("size", [0.5, 1.0, 2.0, 4.0])
-def test_bfloat16_within_twice_eager_where_assignments_are_sharp(size: float) -> None:
+# The last are of few rows, whose features are their own: what is left of their gradients is small.
+@pytest.mark.parametrize(
+    ("rows", "features", "size"),
+    [*((200, 2000, size) for size in (0.5, 1.0, 2.0, 4.0)), (2, 6000, 0.25), (8, 6000, 0.25), (130, 6000, 0.25)],
+)
+def test_bfloat16_within_twice_eager_where_assignments_are_sharp(rows: int, features: int, size: float) -> None:
     generator = torch.Generator().manual_seed(0)
-    x = (size * torch.randn(200, 256, generator=generator)).bfloat16()
-    weight = torch.randn(2000, 256, generator=generator).bfloat16()
+    x = (size * torch.randn(rows, 256, generator=generator)).bfloat16()
+    weight = torch.randn(features, 256, generator=generator).bfloat16()
 
     def gradients(function: Any, dtype: torch.dtype) -> list[Tensor]:
         args = [t.to(dtype).requires_grad_() for t in (x, weight)]

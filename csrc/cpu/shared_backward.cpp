@@ -8,11 +8,11 @@ namespace {
 // One gradient that is summed in several arrays first, unless a single one in acc can be the output itself.
 class Sums {
  public:
-  Sums(const SharedProblem& problem, const Tensor* out, int64_t count)
+  Sums(const SharedProblem& problem, const Tensor* out, int64_t count, bool written_once = false)
       : problem_(problem), out_(out), count_(count), buffer_(0) {
     if (out == nullptr) return;
     const auto type = problem.is_double ? ScalarType::Double : ScalarType::Float;
-    direct_ = count == 1 && out->scalar_type() == type;
+    direct_ = count == 1 && (written_once || out->scalar_type() == type);
     if (direct_) {
       advise_huge_pages(out->mutable_data_ptr(), out->numel() * out->element_size());
     } else {
@@ -21,6 +21,9 @@ class Sums {
   }
 
   void* get() const { return out_ == nullptr ? nullptr : direct_ ? out_->mutable_data_ptr() : buffer_.get(); }
+  Scalar type() const {
+    return direct_ ? scalar_of(out_->scalar_type()) : problem_.is_double ? Scalar::f64 : Scalar::f32;
+  }
 
   // Large sums are given back while the output is written: both at once would be half as much again.
   void write(const Workers& workers) const {
@@ -62,13 +65,16 @@ struct Partition {
   }
 };
 
-// The rows whose logits need no computing come first.
+// Which rows share a chunk. Those whose logits need no computing come first.
 struct Split {
   int64_t direct;  // how many these are
   Scalar tile_type;
   int64_t tile_bytes;
   int64_t direct_rows, rows;  // per chunk of these and of the others; 0 without any
-  Partition partition;
+  // A weight too large for the caches has its gradient written once, in one sweep, for as many rows as there is memory
+  // for, that of the gradient included: `sweep` rows (0: no sweep), the logits of `loan` of them in that memory.
+  int64_t sweep = 0, loan = 0;
+  bool at_once = false;  // all rows are in the sweep without sums of the weight's gradient in acc
 
   Split(const SharedProblem& problem, const BackwardWishes& wishes)
       : direct(wishes.kind == Gradient::assignment ? problem.logits.rows : wishes.kept_rows),
@@ -76,144 +82,255 @@ struct Split {
             problem.logits.depth_block >= problem.logits.channels ? wishes.kept_type
             : problem.is_double                                   ? Scalar::f64
                                                                   : Scalar::f32),
-        tile_bytes(tile_type == Scalar::bf16 ? 2 : problem.acc_bytes()),
+        tile_bytes(tile_type == Scalar::f16 ? 2 : problem.acc_bytes()),
         direct_rows(direct > 0 ? chunk_rows(problem, direct, 0, problem.logits.group) : 0),
         rows(
             direct < problem.logits.rows ? chunk_rows(
                                                problem, problem.logits.rows - direct, tile_bytes,
                                                wishes.half_chunks ? problem.logits.group / 2 : problem.logits.group)
-                                         : 0),
-        partition(problem, wishes, direct > 0 ? direct_rows : rows) {}
+                                         : 0) {
+    const Logits& logits = problem.logits;
+    const int64_t weight_bytes = logits.features * logits.channels * problem.acc_bytes();
+    if (wishes.kind != Gradient::penalty || wishes.row_dot == nullptr || wishes.grad_weight == nullptr ||
+        weight_bytes < 16 * kMiB || logits.channels > logits.depth_block) {
+      return;
+    }
+    constexpr int64_t most = 1024;
+    const int64_t strip = problem.kernels->strip;
+    const auto reach = [&](int64_t row_bytes) {
+      loan = std::min(row_bytes / tile_bytes, most) / strip * strip;
+      return std::min({direct + loan + rows, most, logits.rows});
+    };
+    if (direct > most) return;
+    const int64_t size = static_cast<int64_t>(wishes.grad_weight->element_size());
+    sweep = reach(logits.channels * size);
+    at_once = sweep == logits.rows;
+    // With chunks to follow the gradient is summed in acc, which has more room.
+    if (!at_once) sweep = reach(logits.channels * problem.acc_bytes());
+    if (sweep < logits.rows) sweep = sweep / strip * strip;
+    loan = std::min(loan, sweep - direct);
+  }
+
+  // The first chunk sets the sums of the weight's gradient, hence the partition is made for its rows.
+  int64_t first_rows() const { return sweep == 0 && direct > 0 ? direct_rows : std::max<int64_t>(rows, 1); }
+  int64_t most_rows() const { return std::max(first_rows(), rows); }
 };
 
-// All chunks; the gradients of weight and bias are left in their sums.
-void run_chunks(
-    const SharedProblem& problem, const BackwardWishes& wishes, const Split& split, const Workers& workers,
-    const Sums& weight_sums, const Sums& bias_sums) {
-  const SharedKernels& kernels = *problem.kernels;
-  const Logits& logits = problem.logits;
-  const int64_t size = problem.acc_bytes();
-  const bool with_rows = wishes.grad_context != nullptr || wishes.grad_input != nullptr;
-  const bool with_gradients = with_rows || wishes.grad_weight != nullptr || wishes.grad_bias != nullptr;
-  const bool with_dots = wishes.row_dot != nullptr;
-  const Partition& partition = split.partition;
-  const bool whole = logits.block >= logits.features && logits.depth_block >= logits.channels && with_gradients;
-  const int64_t grad_depth = whole ? logits.depth_block : logits.grad_depth;
-  const Counts most(problem, chunk_at(problem, 0, std::max(split.rows, split.direct_rows)));
-  const Buffer packed = packed_buffer(problem, split.rows);
-  const Buffer packed_rows(
-      wishes.grad_weight == nullptr
-          ? 0
-          : blocks_of(grad_depth, kernels.strip) * kernels.strip * blocks_of(most.lanes, kernels.pack_factor) * size);
-  const Buffer tile(blocks_of(split.rows, kernels.strip) * kernels.strip * logits.features * split.tile_bytes);
-  const Buffer dots(with_dots ? 3 * most.blocks * most.lanes * size : 0);
-  const Buffer grad_rows(
-      with_rows && !whole ? partition.parts * blocks_of(grad_depth, kernels.strip) * kernels.strip * most.lanes * size
-                          : 0);
+// The chunks of one backward.
+class Backward {
+ public:
+  Backward(const SharedProblem& problem, const BackwardWishes& wishes)
+      : problem_(problem),
+        wishes_(wishes),
+        kernels_(*problem.kernels),
+        logits_(problem.logits),
+        split_(problem, wishes),
+        partition_(problem, wishes, split_.first_rows()),
+        workers_(problem, split_.sweep),
+        weight_sums_(problem, wishes.grad_weight, partition_.sums, split_.at_once),
+        bias_sums_(problem, wishes.grad_bias, partition_.sums) {}
 
-  SharedBackwardArgs args{};
-  const auto data = [](const Buffer* buffer) { return buffer == nullptr ? nullptr : buffer->get(); };
-  args.logits = logits;
-  args.kind = wishes.kind;
-  args.whole = whole;
-  args.packed = packed.get();
-  args.packed_rows = packed_rows.get();
-  args.tile = tile.get();
-  args.tile_type = split.tile_type;
-  args.kept_type = wishes.kept_type;
-  args.kept_rows = wishes.kept_rows;
-  args.dots = dots.get();
-  args.grad_prob_sum = wishes.grad_prob_sum;
-  args.row_lse = data(wishes.lse);
-  args.row_log_scale = data(wishes.log_scale);
-  args.row_offset = data(wishes.offset);
-  args.row_prob_scale = data(wishes.prob_scale);
-  args.row_excess_grad = data(wishes.excess_grad);
-  args.row_mean = data(wishes.mean);
-  args.row_dot = data(wishes.row_dot);
-  if (wishes.grad != nullptr) args.grad = matrix_of(*wishes.grad);
-  if (wishes.assignment != nullptr) args.assignment = matrix_of(*wishes.assignment);
-  args.parts = partition.parts;
-  args.sums = partition.sums;
-  args.grad_rows = grad_rows.get();
-  args.grad_weight = weight_sums.get();
-  args.grad_bias = bias_sums.get();
-  for (const Tensor* out : {wishes.grad_context, wishes.grad_input}) {
-    if (out == nullptr) continue;
-    (out == wishes.grad_input ? args.grad_input : args.grad_context) = out->mutable_data_ptr();
-    args.row_type = scalar_of(out->scalar_type());
+  void run() {
+    set_args();
+    int64_t begin = split_.sweep;
+    if (begin > 0) sweep();
+    if (begin < logits_.rows) run_chunks(begin);
+    weight_sums_.write(workers_);
+    bias_sums_.write(workers_);
   }
 
-  for (int64_t begin = 0; begin < logits.rows;) {
-    const bool has_logits = begin < split.direct;
-    const int64_t end =
-        has_logits ? std::min(begin + split.direct_rows, split.direct) : std::min(begin + split.rows, logits.rows);
-    args.chunk = chunk_at(problem, begin, end);
-    args.has_logits = has_logits;
-    args.kept = has_logits ? wishes.kept : nullptr;
-    const Counts count(problem, args.chunk);
-    if (whole) {
-      args.depth_end = logits.channels;
-      workers.run(args.sums, count.work * (3 * logits.channels + 32), [&](int64_t item, void* scratch) {
-        kernels.gradient_task(args, 0, item, scratch);
-      });
+ private:
+  bool with_rows() const { return wishes_.grad_context != nullptr || wishes_.grad_input != nullptr; }
+  bool with_dots() const { return wishes_.row_dot != nullptr; }
+
+  void set_args() {
+    const auto data = [](const Buffer* buffer) { return buffer == nullptr ? nullptr : buffer->get(); };
+    args_.logits = logits_;
+    args_.kind = wishes_.kind;
+    args_.tile_type = split_.tile_type;
+    args_.kept = wishes_.kept;
+    args_.kept_type = wishes_.kept_type;
+    args_.kept_rows = wishes_.kept_rows;
+    args_.grad_prob_sum = wishes_.grad_prob_sum;
+    args_.row_lse = data(wishes_.lse);
+    args_.row_log_scale = data(wishes_.log_scale);
+    args_.row_offset = data(wishes_.offset);
+    args_.row_prob_scale = data(wishes_.prob_scale);
+    args_.row_excess_grad = data(wishes_.excess_grad);
+    args_.row_mean = data(wishes_.mean);
+    args_.row_dot = data(wishes_.row_dot);
+    if (wishes_.grad != nullptr) args_.grad = matrix_of(*wishes_.grad);
+    if (wishes_.assignment != nullptr) args_.assignment = matrix_of(*wishes_.assignment);
+    args_.grad_weight = weight_sums_.get();
+    args_.grad_bias = bias_sums_.get();
+    for (const Tensor* out : {wishes_.grad_context, wishes_.grad_input}) {
+      if (out == nullptr) continue;
+      (out == wishes_.grad_input ? args_.grad_input : args_.grad_context) = out->mutable_data_ptr();
+      args_.row_type = scalar_of(out->scalar_type());
+    }
+  }
+
+  Buffer tile_buffer(int64_t rows) const {
+    return Buffer(blocks_of(rows, kernels_.strip) * kernels_.strip * logits_.features * split_.tile_bytes);
+  }
+
+  Buffer rows_buffer(int64_t rows, int64_t channels) const {
+    const int64_t lanes = blocks_of(rows, kernels_.strip) * kernels_.strip;
+    return Buffer(
+        wishes_.grad_weight == nullptr ? 0
+                                       : blocks_of(channels, kernels_.strip) * kernels_.strip *
+                                             blocks_of(lanes, kernels_.pack_factor) * problem_.acc_bytes());
+  }
+
+  void compute_logits(const Counts& count) {
+    for_depth_blocks(logits_.channels, logits_.depth_block, [&](int64_t depth_begin, int64_t depth_end) {
+      args_.depth_begin = depth_begin;
+      args_.depth_end = depth_end;
+      pack_transposed(problem_, workers_, args_, args_.packed);
+      workers_.run(
+          count.blocks * count.groups, count.work * (depth_end - depth_begin + 16), [&](int64_t item, void* scratch) {
+            kernels_.logits_task(args_, item / count.groups, item % count.groups, scratch);
+          });
+    });
+  }
+
+  void sum_dots(const Counts& count) {
+    workers_.run(count.blocks * count.groups, count.work * 16, [&](int64_t item, void* scratch) {
+      kernels_.dots_task(args_, item / count.groups, item % count.groups, scratch);
+    });
+  }
+
+  void combine_dots(const Counts& count) {
+    workers_.run(
+        count.strips, count.lanes * count.blocks, [&](int64_t strip, void*) { kernels_.combine_dots(args_, strip); });
+  }
+
+  void pack_rows(const Counts& count) {
+    workers_.run(count.strips, count.lanes * (args_.depth_end - args_.depth_begin), [&](int64_t strip, void*) {
+      kernels_.pack_rows(logits_, args_.chunk, strip, args_.depth_begin, args_.depth_end, args_.packed_rows);
+    });
+  }
+
+  void write_rows(const Counts& count) {
+    const int64_t work = args_.chunk.rows * (args_.depth_end - args_.depth_begin) * args_.parts;
+    workers_.run(count.strips, work, [&](int64_t strip, void*) { kernels_.write_rows(args_, strip); });
+  }
+
+  void sweep() {
+    constexpr int64_t tasks = 16, limit = 8 * kMiB;
+    const int64_t rows = split_.sweep, size = problem_.acc_bytes();
+    const int64_t channels = blocks_of(logits_.channels, kernels_.strip) * kernels_.strip;
+    args_.chunk = chunk_at(problem_, 0, rows);
+    const Counts count(problem_, args_.chunk);
+    args_.sums = 1;
+    args_.parts = std::min(count.blocks, tasks);
+    if (with_rows()) args_.parts = std::clamp<int64_t>(limit / (count.lanes * channels * size), 1, args_.parts);
+    args_.kept_end = split_.direct;
+    args_.loan_end = split_.direct + split_.loan;
+    args_.loan = weight_sums_.get();
+    args_.loan_row_bytes = logits_.channels * (weight_sums_.type() == Scalar::f64   ? 8
+                                               : weight_sums_.type() == Scalar::f32 ? 4
+                                                                                    : 2);
+    args_.weight_type = weight_sums_.type();
+    const Buffer packed = packed_buffer(problem_, split_.direct < rows ? rows : 0);
+    const Buffer packed_rows = rows_buffer(rows, logits_.channels);
+    const Buffer tile = tile_buffer(rows - args_.loan_end);
+    const Buffer dots(3 * count.blocks * count.lanes * size);
+    const Buffer grad_rows(with_rows() ? args_.parts * channels * count.lanes * size : 0);
+    args_.packed = packed.get();
+    args_.packed_rows = packed_rows.get();
+    args_.tile = tile.get();
+    args_.dots = dots.get();
+    args_.grad_rows = grad_rows.get();
+    if (split_.direct > 0) sum_dots(count);
+    if (split_.direct < rows) compute_logits(count);
+    combine_dots(count);
+    args_.depth_begin = 0;
+    args_.depth_end = logits_.channels;
+    pack_rows(count);
+    workers_.run(args_.parts, count.work * (2 * logits_.channels + 16), [&](int64_t part, void* scratch) {
+      kernels_.sweep_task(args_, part, scratch);
+    });
+    if (with_rows()) write_rows(count);
+    args_.loan_end = 0;
+  }
+
+  // The gradients of weight and bias are left in their sums.
+  void run_chunks(int64_t begin) {
+    const int64_t size = problem_.acc_bytes();
+    const bool with_gradients = with_rows() || wishes_.grad_weight != nullptr || wishes_.grad_bias != nullptr;
+    const bool whole = logits_.block >= logits_.features && logits_.depth_block >= logits_.channels && with_gradients;
+    const int64_t grad_depth = whole ? logits_.depth_block : logits_.grad_depth;
+    const int64_t direct = std::max(begin, split_.direct);
+    const Counts most(problem_, chunk_at(problem_, 0, split_.most_rows()));
+    const Buffer packed = packed_buffer(problem_, split_.rows);
+    const Buffer packed_rows = rows_buffer(most.lanes, grad_depth);
+    const Buffer tile = tile_buffer(split_.rows);
+    const Buffer dots(with_dots() ? 3 * most.blocks * most.lanes * size : 0);
+    const Buffer grad_rows(
+        with_rows() && !whole
+            ? partition_.parts * blocks_of(grad_depth, kernels_.strip) * kernels_.strip * most.lanes * size
+            : 0);
+    args_.whole = whole;
+    args_.packed = packed.get();
+    args_.packed_rows = packed_rows.get();
+    args_.tile = tile.get();
+    args_.dots = dots.get();
+    args_.parts = partition_.parts;
+    args_.sums = partition_.sums;
+    args_.grad_rows = grad_rows.get();
+    while (begin < logits_.rows) {
+      const bool has_logits = begin < direct;
+      const int64_t end =
+          has_logits ? std::min(begin + split_.direct_rows, direct) : std::min(begin + split_.rows, logits_.rows);
+      args_.chunk = chunk_at(problem_, begin, end);
+      args_.has_logits = has_logits;
+      args_.kept = has_logits ? wishes_.kept : nullptr;
+      args_.kept_end = has_logits ? args_.chunk.rows : 0;
+      const Counts count(problem_, args_.chunk);
       begin = end;
-      continue;
-    }
-    if (!has_logits) {
-      for_depth_blocks(logits.channels, logits.depth_block, [&](int64_t depth_begin, int64_t depth_end) {
-        args.depth_begin = depth_begin;
-        args.depth_end = depth_end;
-        pack_transposed(problem, workers, args, packed.get());
-        workers.run(
-            count.blocks * count.groups, count.work * (depth_end - depth_begin + 16), [&](int64_t item, void* scratch) {
-              kernels.logits_task(args, item / count.groups, item % count.groups, scratch);
-            });
-      });
-    } else if (with_dots) {
-      workers.run(count.blocks * count.groups, count.work * 16, [&](int64_t item, void* scratch) {
-        kernels.dots_task(args, item / count.groups, item % count.groups, scratch);
-      });
-    }
-    if (with_dots) {
-      workers.run(
-          count.strips, count.lanes * count.blocks, [&](int64_t strip, void*) { kernels.combine_dots(args, strip); });
-    }
-    if (with_gradients) {
-      for_depth_blocks(logits.channels, grad_depth, [&](int64_t depth_begin, int64_t depth_end) {
-        args.depth_begin = depth_begin;
-        args.depth_end = depth_end;
-        const int64_t channels = depth_end - depth_begin;
-        if (wishes.grad_weight != nullptr) {
-          workers.run(count.strips, count.lanes * channels, [&](int64_t strip, void*) {
-            kernels.pack_rows(logits, args.chunk, strip, depth_begin, depth_end, packed_rows.get());
-          });
-        }
-        workers.run(args.parts * args.sums, count.work * (2 * channels + 16), [&](int64_t item, void* scratch) {
-          kernels.gradient_task(args, item % args.parts, item / args.parts, scratch);
+      if (whole) {
+        args_.depth_end = logits_.channels;
+        workers_.run(args_.sums, count.work * (3 * logits_.channels + 32), [&](int64_t item, void* scratch) {
+          kernels_.gradient_task(args_, 0, item, scratch);
         });
-        if (with_rows) {
-          workers.run(count.strips, args.chunk.rows * channels * args.parts, [&](int64_t strip, void*) {
-            kernels.write_rows(args, strip);
-          });
-        }
+        continue;
+      }
+      if (!has_logits) {
+        compute_logits(count);
+      } else if (with_dots()) {
+        sum_dots(count);
+      }
+      if (with_dots()) combine_dots(count);
+      if (!with_gradients) continue;
+      for_depth_blocks(logits_.channels, grad_depth, [&](int64_t depth_begin, int64_t depth_end) {
+        args_.depth_begin = depth_begin;
+        args_.depth_end = depth_end;
+        if (wishes_.grad_weight != nullptr) pack_rows(count);
+        const int64_t work = count.work * (2 * (depth_end - depth_begin) + 16);
+        workers_.run(args_.parts * args_.sums, work, [&](int64_t item, void* scratch) {
+          kernels_.gradient_task(args_, item % args_.parts, item / args_.parts, scratch);
+        });
+        if (with_rows()) write_rows(count);
       });
     }
-    begin = end;
   }
-}
+
+  const SharedProblem& problem_;
+  const BackwardWishes& wishes_;
+  const SharedKernels& kernels_;
+  const Logits& logits_;
+  const Split split_;
+  const Partition partition_;
+  const Workers workers_;
+  const Sums weight_sums_, bias_sums_;
+  SharedBackwardArgs args_{};
+};
 
 }  // namespace
 
 void run_backward(const SharedProblem& problem, const BackwardWishes& wishes) {
-  if (problem.logits.rows == 0) return;
-  const Split split(problem, wishes);
-  const Workers workers(problem);
-  const Sums weight_sums(problem, wishes.grad_weight, split.partition.sums);
-  const Sums bias_sums(problem, wishes.grad_bias, split.partition.sums);
-  run_chunks(problem, wishes, split, workers, weight_sums, bias_sums);
-  weight_sums.write(workers);
-  bias_sums.write(workers);
+  if (problem.logits.rows > 0) Backward(problem, wishes).run();
 }
 
 }  // namespace fusefeat::cpu

@@ -13,7 +13,7 @@ void run_forward(const SharedProblem& problem, const ForwardWishes& wishes) {
   const bool whole = logits.block >= logits.features && logits.depth_block >= logits.channels && !wishes.softmax;
   const bool in_scratch = !whole && (exponentials || logits.depth_block < logits.channels);
   // Kept logits of half the size leave less room for the chunk, and are worth more than it.
-  const bool crowded = wishes.kept_type == Scalar::bf16 && logits.group * logits.features * size > 16 * kMiB;
+  const bool crowded = wishes.kept_type == Scalar::f16 && logits.group * logits.features * size > 16 * kMiB;
   const int64_t rows =
       chunk_rows(problem, logits.rows, in_scratch ? size : 0, crowded ? logits.group / 2 : logits.group);
   const Counts most(problem, chunk_at(problem, 0, rows));

@@ -51,7 +51,7 @@ struct SharedForwardArgs {
   int32_t* fired;    // [groups of the chunk][features], or null
   void* prob_sums;   // acc [groups of the chunk][features], where tasks see whole rows
   void* kept;        // logits of the first rows, in strips that are 128 bytes wide in acc: [rows / 32][features][32]
-  Scalar kept_type;  // acc or bf16
+  Scalar kept_type;  // acc or f16
   int64_t kept_rows;
   // acc [rows], padded to whole strips
   const void* row_weight;
@@ -71,13 +71,19 @@ struct SharedBackwardArgs {
   Chunk chunk;
   Gradient kind;
   int64_t depth_begin, depth_end;
-  bool whole;         // as in the forward
-  bool has_logits;    // kept ones, or the matrices
-  void* packed;       // as in the forward
-  void* packed_rows;  // [channels / strip][rows of the chunk][strip]
-  void* tile;         // logits of the chunk in whole strips, unless kept
-  Scalar tile_type;   // acc, or as those kept when all channels are multiplied at a time
-  const void* kept;   // logits of the first kept_rows rows as the forward left them; null: in tile
+  bool whole;       // as in the forward
+  bool has_logits;  // kept ones, or the matrices
+  // One sweep over the blocks of features finishes the gradients of all rows of the chunk. Their logits are kept for
+  // the first kept_end rows, then on loan up to loan_end, and in `tile` from there on.
+  bool sweep;
+  int64_t kept_end, loan_end;
+  void* loan;              // where grad_weight is yet to come: a block's logits lie where its gradient will
+  int64_t loan_row_bytes;  // per feature
+  void* packed;            // as in the forward
+  void* packed_rows;       // [channels / strip][rows of the chunk][strip]
+  void* tile;              // logits of the chunk in whole strips, unless kept
+  Scalar tile_type;        // acc, or as those kept when all channels are multiplied at a time
+  const void* kept;        // logits of the first kept_rows rows as the forward left them; null: in tile
   Scalar kept_type;
   int64_t kept_rows;
   void* dots;                 // three sums per feature block and lane, over the probabilities; or null
@@ -97,8 +103,9 @@ struct SharedBackwardArgs {
   // Partition of the gradient phase: `parts` ranges of feature blocks times `sums` ranges of groups.
   int64_t parts, sums;
   void* grad_rows;    // [parts][channels of the depth block / strip][rows of the chunk][strip] in acc, or null
-  void* grad_weight;  // [sums][features][channels] in acc, or null
-  void* grad_bias;    // [sums][features] in acc, or null
+  void* grad_weight;  // [sums][features][channels] in acc, or null; of a sweep, in weight_type
+  Scalar weight_type;
+  void* grad_bias;                  // [sums][features] in acc, or null
   void *grad_context, *grad_input;  // contiguous, or null: rows whose gradient nobody wants
   Scalar row_type;
 };
@@ -107,8 +114,8 @@ struct SharedKernels {
   int64_t strip;        // rows
   int64_t pack_factor;  // operands per packed element: 2 for pairs of bfloat16
   int64_t accumulator_bytes;
-  // Bytes of scratch that one worker needs in any of the tasks.
-  int64_t (*worker_bytes)(const Logits&);
+  // Bytes of scratch that one worker needs in any of the tasks, of a sweep over so many rows (0: none), too.
+  int64_t (*worker_bytes)(const Logits&, int64_t sweep_rows);
   void (*pack_transposed)(const Logits&, const Chunk&, int64_t strip, int64_t begin, int64_t end, void* to);
   void (*pack_rows)(const Logits&, const Chunk&, int64_t strip, int64_t begin, int64_t end, void* to);
   void (*forward_task)(const SharedForwardArgs&, int64_t block, int64_t group, void* scratch);
@@ -119,6 +126,7 @@ struct SharedKernels {
   void (*dots_task)(const SharedBackwardArgs&, int64_t block, int64_t group, void* scratch);
   void (*combine_dots)(const SharedBackwardArgs&, int64_t strip);
   void (*gradient_task)(const SharedBackwardArgs&, int64_t part, int64_t sum, void* scratch);
+  void (*sweep_task)(const SharedBackwardArgs&, int64_t part, void* scratch);
   void (*write_rows)(const SharedBackwardArgs&, int64_t strip);  // sums their parts
   // Sums `count` arrays that lie `stride` apart over [0, length).
   void (*write_sums)(const void* from, int64_t count, int64_t stride, int64_t length, void* to, Scalar type);

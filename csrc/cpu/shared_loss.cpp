@@ -2,6 +2,7 @@
 // forward and one backward. At small sizes dozens of operators on F numbers would cost more than the kernels.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <cmath>
 #include <tuple>
 #include <type_traits>
@@ -85,9 +86,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> shared_loss(
   const SharedProblem problem(context, input, weight, bias, margin, std::nullopt, operand);
   const int64_t rows = problem.sizes.rows(), features = problem.sizes.features;
   const bool is_double = problem.is_double;
-  // In bfloat16 where plain PyTorch's are, too; the regulariser compares them with margin as they were.
-  const bool round_kept = input.scalar_type() == ScalarType::BFloat16 && !with_reg;
-  const auto kept_type = round_kept ? ScalarType::BFloat16 : acc_type(input.scalar_type());
+  // In float16 where plain PyTorch's are in bfloat16, which would be too coarse beside statistics of unrounded logits.
+  // So would float16 be where each feature is one row's alone: what is left of its gradient is a small difference of
+  // both. The regulariser compares them with margin as they were.
+  const bool shared = rows >= std::min<int64_t>(features, 128);
+  const bool round_kept = input.scalar_type() == ScalarType::BFloat16 && !with_reg && shared;
+  const auto kept_type = round_kept ? ScalarType::Half : acc_type(input.scalar_type());
   auto found = cpu::shared_statistics(problem, input, std::nullopt, with_reg, false, keep_rows, kept_type);
   double penalty = 0;
   if (rows > 0) {

@@ -69,7 +69,7 @@ struct BackwardWishes {
   const void* kept = nullptr;
   Scalar kept_type = Scalar::f32;
   int64_t kept_rows = 0;
-  bool half_chunks = false;  // logits in acc take the room that was left for those in bfloat16
+  bool half_chunks = false;  // logits in acc take the room that was left for those in float16
   // Outputs, or null.
   const Tensor *grad_context = nullptr, *grad_input = nullptr, *grad_weight = nullptr, *grad_bias = nullptr;
 };

@@ -37,8 +37,8 @@ inline int64_t chunk_rows(const SharedProblem& problem, int64_t rows, int64_t si
 // Runs phases of one call: its threads and their scratch.
 class Workers {
  public:
-  explicit Workers(const SharedProblem& problem)
-      : bytes_(problem.kernels->worker_bytes(problem.logits) / 64 * 64 + 64),
+  explicit Workers(const SharedProblem& problem, int64_t sweep_rows = 0)
+      : bytes_(problem.kernels->worker_bytes(problem.logits, sweep_rows) / 64 * 64 + 64),
         count_(std::clamp<int64_t>(6 * kMiB / bytes_, 1, torch::stable::get_num_threads())),
         scratch_(bytes_ * count_) {}
 

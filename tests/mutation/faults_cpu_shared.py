@@ -99,9 +99,9 @@ LOGIT_GRADIENT = rows(
     ),
     (
         "rounded logits in scratch with the lse of others",
-        "(args.kept != nullptr ? args.kept_type : args.tile_type) == Scalar::bf16",
-        "(args.kept != nullptr && args.kept_type == Scalar::bf16)",
-        f"{KERNELS} and kept_in_bfloat16",
+        "(args.kept != nullptr ? args.kept_type : args.tile_type) == Scalar::f16",
+        "(args.kept != nullptr && args.kept_type == Scalar::f16)",
+        f"{KERNELS} and kept_in_float16",
     ),
 )
 

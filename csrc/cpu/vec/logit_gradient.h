@@ -28,15 +28,26 @@ struct Tile {
   int64_t stride;
 };
 
+// Calls body with a typed pointer to where a strip's logits of a block of features lie that were not kept.
+template <typename A, typename Body>
+inline void with_tile(
+    const SharedBackwardArgs& args, int64_t strip, int64_t begin, int64_t features, const Body& body) {
+  constexpr int width = kStrip<A>;
+  const int64_t row = strip * width;
+  if (row < args.loan_end) {
+    char* loan = static_cast<char*>(args.loan) + begin * args.loan_row_bytes;
+    return with_kept<A>(args.tile_type, loan, (row - args.kept_end) * features, body);
+  }
+  with_kept<A>(args.tile_type, args.tile, (row - args.loan_end) * args.logits.features + begin * width, body);
+}
+
 // Calls body with the tile of logits. Kept rows that do not fill their strip are copied to `scratch`.
 template <typename A, typename Body>
 inline void with_logits(
     const SharedBackwardArgs& args, int64_t strip, int64_t begin, int64_t features, A* scratch, const Body& body) {
   constexpr int width = kStrip<A>, lanes = kLanes<A>;
-  if (args.kept == nullptr) {
-    const int64_t offset = (strip * args.logits.features + begin) * width;
-    return with_kept<A>(
-        args.tile_type, args.tile, offset, [&]<typename T>(const T* tile) { body(Tile<T>{tile, width}); });
+  if (strip * width >= args.kept_end) {
+    return with_tile<A>(args, strip, begin, features, [&]<typename T>(const T* tile) { body(Tile<T>{tile, width}); });
   }
   const KeptStrip<A> at(args.logits.features, args.kept_rows, args.chunk.begin + strip * width, begin);
   const int64_t rows = rows_of_strip<A>(args.chunk, strip);
@@ -121,7 +132,7 @@ inline void matrix_dots(
   }
 }
 
-// Logits of a block of features for a group of rows, into the chunk's tile.
+// Logits of a block of features for a group of rows, into the chunk's tile, but for those that were kept.
 template <typename A, bool kPairs>
 void logits_task(const SharedBackwardArgs& args, int64_t block, int64_t group, void* scratch) {
   const Logits& logits = args.logits;
@@ -131,13 +142,14 @@ void logits_task(const SharedBackwardArgs& args, int64_t block, int64_t group, v
   A* weights = static_cast<A*>(scratch);
   A* z = weights + packed_weight_length<A, kPairs>(logits);
   const WeightBlock<A> weight_block{logits, begin, features, args.depth_begin, args.depth_end, weights};
+  const int64_t first = max_of(group * group_strips, args.kept_end / kStrip<A>);
   const int64_t end = min_of((group + 1) * group_strips, args.chunk.strips);
-  for (int64_t s = group * group_strips; s < end; ++s) {
-    const int64_t offset = (s * logits.features + begin) * kStrip<A>;
-    logits_tile<A, kPairs>(
-        weight_block, s == group * group_strips, packed_strip<A, kPairs>(logits, args.packed, s),
-        args.depth_begin == 0 ? nullptr : static_cast<const A*>(args.tile) + offset, last, z);
-    with_kept<A>(args.tile_type, args.tile, offset, [&]<typename T>(T* tile) {
+  for (int64_t s = first; s < end; ++s) {
+    with_tile<A>(args, s, begin, features, [&]<typename T>(T* tile) {
+      const A* earlier = nullptr;
+      if constexpr (sizeof(T) == sizeof(A)) earlier = args.depth_begin == 0 ? nullptr : tile;
+      logits_tile<A, kPairs>(
+          weight_block, s == first, packed_strip<A, kPairs>(logits, args.packed, s), earlier, last, z);
       // By way of a tile in cache: stores that miss hold up the products. And the sums are over what is read again.
       for (int64_t i = 0; i < features * kStrip<A>; i += kLanes<A>) {
         store(tile + i, load(z + i));
@@ -150,12 +162,14 @@ void logits_task(const SharedBackwardArgs& args, int64_t block, int64_t group, v
   }
 }
 
+// The sums over probabilities of which there are logits.
 template <typename A, bool kPairs>
 void dots_task(const SharedBackwardArgs& args, int64_t block, int64_t group, void* scratch) {
   const Logits& logits = args.logits;
   const int64_t begin = block * logits.block, features = min_of(logits.block, logits.features - begin);
   const int64_t group_strips = logits.group / kStrip<A>;
-  const int64_t end = min_of((group + 1) * group_strips, args.chunk.strips);
+  const int64_t rows = args.kind == Gradient::assignment ? args.chunk.rows : args.kept_end;
+  const int64_t end = min_of((group + 1) * group_strips, blocks_of(rows, kStrip<A>));
   for (int64_t s = group * group_strips; s < end; ++s) {
     const Dots<A> to(args, block, s);
     if (args.kind == Gradient::assignment) {
@@ -184,7 +198,7 @@ void combine_dots(const SharedBackwardArgs& args, int64_t strip) {
       probs += load(Dots<A>(args, b, strip).of_probs + lane);
     }
     VecOf<A> shift{};
-    if ((args.kept != nullptr ? args.kept_type : args.tile_type) == Scalar::bf16) {
+    if ((args.kept != nullptr ? args.kept_type : args.tile_type) == Scalar::f16) {
       // Rounded logits have an lse of their own, without which their probabilities do not sum to 1.
       for (int i = 0; i < kLanes<A>; ++i) shift[i] = log_one(probs[i]);
       A* lse = static_cast<A*>(args.row_lse) + at;

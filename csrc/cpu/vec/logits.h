@@ -10,6 +10,10 @@ inline int64_t min_of(int64_t a, int64_t b) {
   return a < b ? a : b;
 }
 
+inline int64_t max_of(int64_t a, int64_t b) {
+  return a > b ? a : b;
+}
+
 inline int64_t blocks_of(int64_t length, int64_t block) {
   return (length + block - 1) / block;
 }
@@ -110,7 +114,7 @@ struct KeptStrip {
 template <typename A, typename Body>
 inline void with_kept(Scalar type, void* kept, int64_t offset, const Body& body) {
   if constexpr (sizeof(A) == sizeof(float)) {
-    if (type == Scalar::bf16) return body(static_cast<BFloat16*>(kept) + offset);
+    if (type == Scalar::f16) return body(static_cast<Half*>(kept) + offset);
   }
   body(static_cast<A*>(kept) + offset);
 }

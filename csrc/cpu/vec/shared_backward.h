@@ -143,6 +143,14 @@ inline void add_weight_gradient(
   }
 }
 
+// A vector of sums per feature.
+template <typename A>
+inline void add_to_bias(const A* dz, int64_t features, A* sums) {
+  for (int64_t f = 0; f < features; ++f, dz += kStrip<A>, sums += kLanes<A>) {
+    store(sums, load(sums) + (load(dz) + load(dz + kLanes<A>)));
+  }
+}
+
 // What other phases do where a task does not see whole rows.
 template <typename A, bool kPairs>
 inline void prepare_group(
@@ -200,10 +208,7 @@ void gradient_task(const SharedBackwardArgs& args, int64_t part, int64_t sum, vo
         A* to = kPairs ? dz : tiles.strip_by_row(s - begin_strip);
         logit_gradient<A>(args, s, begin, features, staging, to);
         clear_lanes<A>(to, features, rows_of_strip<A>(args.chunk, s));
-        for (int64_t f = 0; with_bias && f < features; ++f) {
-          const VecOf<A> both = load(to + f * strip) + load(to + f * strip + kLanes<A>);
-          store(bias_sums + f * kLanes<A>, load(bias_sums + f * kLanes<A>) + both);
-        }
+        if (with_bias) add_to_bias<A>(to, features, bias_sums);
         tiles.put(s - begin_strip, to);
       }
       if (with_bias) {

@@ -61,9 +61,10 @@ inline void block_statistics(const A* z, int64_t features, A* e, A* peak, A* sum
 }
 
 template <typename A, bool kPairs>
-int64_t worker_bytes(const Logits& logits) {
+int64_t worker_bytes(const Logits& logits, int64_t sweep_rows) {
   // The gradient tiles of a group, one more row for an odd feature, and tiles of one strip for the rest.
-  const int64_t tiles = (logits.group / kStrip<A> + 4) * (logits.block + 1) * kStrip<A>;
+  const int64_t strips = blocks_of(sweep_rows > logits.group ? sweep_rows : logits.group, kStrip<A>);
+  const int64_t tiles = (strips + 4) * (logits.block + 1) * kStrip<A>;
   return (packed_weight_length<A, kPairs>(logits) + tiles) * static_cast<int64_t>(sizeof(A));
 }
 

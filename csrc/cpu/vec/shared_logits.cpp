@@ -1,5 +1,5 @@
-#include "shared_backward.h"
 #include "shared_forward.h"
+#include "shared_sweep.h"
 
 namespace fusefeat {
 namespace {
@@ -20,6 +20,7 @@ constexpr cpu::SharedKernels kKernels = {
     dots_task<A, kPairs>,
     combine_dots<A, kPairs>,
     gradient_task<A, kPairs>,
+    sweep_task<A, kPairs>,
     write_rows<A, kPairs>,
     write_sums<A, kPairs>,
 };

@@ -58,7 +58,8 @@ def finished_scalars(
     """Penalty and regulariser (empty without ``reg``, its scale and shift) from the operator that finishes both."""
     checks.no_forward_mode(function, *logits)
     scale, shift = (0.0, 0.0) if reg is None else reg
-    keep = _rows_to_keep(logits, "cpu", shared_loss.kept_dtype(logits.input.dtype, reg is not None))
+    kept = shared_loss.kept_dtype(logits.input.dtype, reg is not None, logits.rows, logits.features)
+    keep = _rows_to_keep(logits, "cpu", kept)
     args = (*logits[:5], logits.operand, *factors, reg is not None, scale, shift, keep)
     return shared_loss.operator("shared_loss")(*args)[:2]
 

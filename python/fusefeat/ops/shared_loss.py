@@ -65,9 +65,11 @@ def _operators(ops: Any) -> dict[str, Operator]:
     }
 
 
-def kept_dtype(dtype: torch.dtype, with_reg: bool) -> torch.dtype:
-    """What kept logits are stored in: bfloat16 where plain PyTorch's are, too, unless they are compared with margin."""
-    return torch.bfloat16 if dtype == torch.bfloat16 and not with_reg else acc_dtype(dtype)
+def kept_dtype(dtype: torch.dtype, with_reg: bool, rows: int, features: int) -> torch.dtype:
+    """What kept logits are stored in: float16 where plain PyTorch's are bfloat16, unless they are compared with margin,
+    or rows are so few that features may be one row's alone, whose gradients would be lost in the rounding."""
+    rounded = dtype == torch.bfloat16 and not with_reg and rows >= min(features, 128)
+    return torch.float16 if rounded else acc_dtype(dtype)
 
 
 def _fake_loss(
@@ -76,7 +78,8 @@ def _fake_loss(
 ) -> Any:  # fmt: skip
     acc, rows, features = acc_dtype(input.dtype), row_count(context, input), weight.shape[0]
     shapes = [(), () if with_reg else (0,), (rows,), (rows,), (features,)]
-    kept = input.new_empty((keep_rows, features) if keep_rows else (0,), dtype=kept_dtype(input.dtype, with_reg))
+    dtype = kept_dtype(input.dtype, with_reg, rows, features)
+    kept = input.new_empty((keep_rows, features) if keep_rows else (0,), dtype=dtype)
     return *(input.new_empty(shape, dtype=acc) for shape in shapes), kept
 
 

@@ -19,8 +19,8 @@ from .native import NativeOperators
 # operands and partial sums. The C library's allocator has new pages for each block of 32 MiB or more.
 KEPT_BYTES = 31 * 2**20
 SHARED_BYTES = 48 * 2**20
-# Where logits are kept in bfloat16, the forward has 128 rows in scratch if 256 take more than CROWDED_BYTES, and the
-# backward's are bfloat16, too, if all channels are multiplied at a time.
+# Where logits are kept in float16, the forward has 128 rows in scratch if 256 take more than CROWDED_BYTES, and the
+# backward's are float16, too, if all channels are multiplied at a time.
 CROWDED_BYTES = 16 * 2**20
 DEPTH_BLOCK = 1024
 # With fewer channels than this the product costs less than fresh memory for its result, unless that is small.
@@ -47,7 +47,7 @@ def rows_to_keep(
         half = operand != 0 or dtype.itemsize == 2
         return 0 if rows * row_bytes > KEPT_BYTES or (backend == "triton" and half) else rows
     in_scratch = min(rows, 256) * row_bytes
-    if kept == torch.bfloat16 and channels <= DEPTH_BLOCK:
+    if kept == torch.float16 and channels <= DEPTH_BLOCK:
         forward = min(rows, 128) * row_bytes if 256 * row_bytes > CROWDED_BYTES else in_scratch
         in_scratch = max(forward, in_scratch // 2)
     if kept is not None:
