@@ -49,7 +49,8 @@ def test_bytes_under_way_follow_the_traits() -> None:
     cxx = compiler()
     if cxx is None:
         pytest.skip("no C++ compiler")
-    lines = ["#include <attention_pool_plan.cuh>", "using namespace fusefeat::cuda;"]
+    lines = ["#include <torch/headeronly/util/BFloat16.h>", "#include <attention_pool_plan.cuh>"]
+    lines += ["using namespace fusefeat::cuda;"]
     for token, size in (("torch::headeronly::BFloat16", 2), ("float", 4)):
         for access in ("one", "many", "any"):
             traits = f"PoolTraits<{token}, Access::k{access.capitalize()}>"
