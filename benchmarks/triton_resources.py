@@ -1,6 +1,8 @@
-"""Registers, spills and shared memory of every Triton kernel, compiled ahead of time; needs no GPU.
+"""Registers, spills, shared memory and occupancy of every Triton kernel, compiled ahead of time; needs no GPU.
 
-The operators run and their launches are recorded, so what is compiled is what would be launched.
+The operators run and their launches are recorded, so what is compiled is what would be launched. Occupancy is
+theoretical (occupancy.py): the warps that fit on a multiprocessor, in percent of its 64, and what keeps more from
+fitting. "tmem" counts columns of tensor memory.
 
     python benchmarks/triton_resources.py [--each-arch | --full] [--arch 90 ...] [--jobs N]
 """
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import occupancy
 import torch
 import triton
 from fusefeat.triton import _attention_pool_backward as backward_kernels
@@ -47,8 +50,6 @@ KERNELS = {
     for name, kernel in vars(module).items()
     if name.startswith(("pool_", "sum_", "shared_"))
 }
-# Opt-in limit of one block, in bytes.
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 # ptxas may park a few scalars of the outer loops in local memory to reach its next occupancy step. More than that is
 # register pressure: tokens or sums that leave the registers inside the loop over tokens.
 PARKED_LIMIT = 32
@@ -84,12 +85,19 @@ class Resources:
     registers: int
     spilled: int
     shared: int
+    tensor_columns: int
+    warps: int  # per block
+
+    @property
+    def occupancy(self) -> occupancy.Occupancy:
+        threads = self.warps * occupancy.WARP
+        return occupancy.occupancy(self.arch, threads, self.registers, self.shared, self.tensor_columns)
 
     @property
     def problem(self) -> str:
         if self.spilled > PARKED_LIMIT:
             return f"{self.spilled} bytes of local memory"
-        return "" if self.shared <= SHARED_LIMIT[self.arch] else f"{self.shared} bytes of shared memory"
+        return "" if self.occupancy.blocks else f"does not start: {', '.join(self.occupancy.limits)}"
 
 
 def specialise(kernel: Any, args: tuple[Any, ...], config: dict[str, Any]) -> Launch:
@@ -175,7 +183,10 @@ def compile_launch(launch: Launch, arch: int) -> Resources:
     typed = ("x_ptr", "out_ptr", "weights_ptr", "partial_ptr", "input_ptr", "dz_ptr")
     types = {kind[1:] for name, kind in launch.signature if name in typed}
     config = " ".join([*sorted(types), *flags, f"warps={launch.num_warps}"])
-    return Resources(launch.kernel, config, arch, use["REG"], use["STACK"] + use["LOCAL"], compiled.metadata.shared)
+    return Resources(
+        launch.kernel, config, arch, use["REG"], use["STACK"] + use["LOCAL"], compiled.metadata.shared,
+        compiled.metadata.tmem_size or 0, launch.num_warps,
+    )  # fmt: skip
 
 
 def measure(full: bool, each_arch: bool, archs: tuple[int, ...], jobs: int) -> list[Resources]:
@@ -195,13 +206,14 @@ def main() -> int:
     rows = measure(options.full, options.each_arch, tuple(options.arch), options.jobs)
     for row in rows:
         print(
-            f"{row.kernel:16} sm_{row.arch:<4} {row.registers:4} regs {row.spilled:5} spilled {row.shared:6} shared"
-            f"  {row.config}  {row.problem and 'FAILS: ' + row.problem}"
+            f"{row.kernel:22} sm_{row.arch:<4} {row.registers:4} regs {row.spilled:5} spilled {row.shared:6} shared"
+            f" {row.tensor_columns:4} tmem  {row.occupancy!s:22}  {row.config}"
+            f"  {row.problem and 'FAILS: ' + row.problem}"
         )
     if options.json:
         options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
     failed = [row for row in rows if row.problem]
-    print(f"{len(rows)} cubins, {len(failed)} with spills or too much shared memory")
+    print(f"{len(rows)} cubins, {len(failed)} with spills or beyond what can be launched")
     return bool(failed)
 
 

@@ -71,7 +71,7 @@ def _keep(folder: Path, pattern: str, used: Path) -> None:
 
 
 def build(folder: Path, name: str, sources: list[Path], extra: list[str] | None = None) -> Path:
-    """The shared library of ``sources`` and the scheduler; what has not changed comes from ``folder``."""
+    """The shared library of ``sources`` and of what runs them; what has not changed comes from ``folder``."""
     extra = [*(extra or []), *os.environ.get("CUDA_ON_CPU_FLAGS", "").split()]
     cxx = compiler()
     assert cxx is not None
@@ -83,7 +83,7 @@ def build(folder: Path, name: str, sources: list[Path], extra: list[str] | None 
         subprocess.run([*arguments, "-o", str(partial)], check=True, env=environment)
         partial.rename(target)
 
-    sources = [*sources, HERE / "scheduler.cpp"]
+    sources = [*sources, HERE / "scheduler.cpp", HERE / "launches.cpp"]
     objects = [folder / f"{name}-{path.stem}-{_digest(command, _with_headers(path))}.o" for path in sources]
 
     def compile_one(source: Path, target: Path) -> None:
