@@ -89,17 +89,20 @@ def text(run: Run) -> str:
         for target in run.targets:
             verdict = "not measured" if target.got is None else "MET" if target.met else "NOT MET"
             lines.append(f"  {verdict:<12}  {target.text}" + (f": {target.got}" if target.got else ""))
+    if run.left_out:
+        lines += ["", f"Not run for lack of time (--limit): {'; '.join(run.left_out)}"]
     return "\n".join(lines)
 
 
 def write_csv(path: Path, runs: Iterable[Run]) -> None:
     """Every row of every run, with the versions it was measured with."""
-    extra = ("used_by", "fusefeat_version", "torch_version", "processor")
+    extra = ("used_by", "fusefeat_version", "torch_version", "processor", "device_name")
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Row)] + list(extra))
         writer.writeheader()
         for run in runs:
-            origin = (run.environment[name] for name in ("fusefeat", "torch", "processor"))
+            origin = [run.environment[name] for name in ("fusefeat", "torch", "processor")]
+            origin.append(run.environment.get("device", origin[-1]))
             constant = dict(zip(extra[1:], origin, strict=True))
             writer.writerows(asdict(row) | constant | {"used_by": run.about.get(row.case, "")} for row in run.rows)
 
