@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -91,12 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--against", metavar="GITREF", help="build that commit elsewhere and time it beside this tree, nothing else")
     add("--slow", action="store_true", help="also the cases that take minutes; --only NAME runs one of them, too")
     add("--thp", choices=("on", "off", "both"), help="let torch allocate huge pages too; both: one run of each")
-    add(
-        "--limit",
-        type=_seconds,
-        metavar="SECONDS",
-        help="begin no further case after that time, and say which are left",
-    )
+    add("--limit", type=_seconds, metavar="SECONDS", help="begin no further case after that time, name the others")
     add("--csv", type=_file, metavar="FILE", help="write all rows, anew after each case")
     add("--plot", type=_picture, metavar="FILE", help="write charts (PNG): bars, or lines with --scaling")
     add("--json", action="store_true", help="print JSON instead of tables")
@@ -155,15 +151,18 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace, save: C
     torch.set_num_threads(settings.threads)
     run = Run(environment.facts(device, settings.threads))
     progress = Progress(sum(len(cases) for _, cases in work))
-    for dtype, cases in work:
-        for case in cases:
-            if arguments.limit is not None and time.monotonic() - begin > arguments.limit:
-                run.left_out.append(f"{case.family} {case.name} {dtype}")
-                continue
+    remaining = [(dtype, case) for dtype, cases in work for case in cases]
+    try:
+        while remaining and (arguments.limit is None or time.monotonic() - begin < arguments.limit):
+            dtype, case = remaining[0]
             run.about[case.name] = case.used_by
             run.rows += run_case(case, dtype, settings, progress.say)
             save(run)
             progress.step()
+            del remaining[0]
+    except KeyboardInterrupt:
+        run.interrupted = True
+    run.left_out = [f"{case.family} {case.name} {dtype}" for dtype, case in remaining]
     progress.close()
     if not (arguments.quick or arguments.scaling):
         run.targets = [target for module in modules for target in module.targets(run.rows)]
@@ -230,9 +229,7 @@ def main(argv: Sequence[str]) -> int:
         alone = ("compare", "cold", "scaling", "thp", "limit", "plot", "json")
         meaningless = [f"--{name}" for name in alone if getattr(arguments, name)]
         if meaningless:
-            parser.error(
-                f"--against times fusefeat alone, in two processes: it does not go with {', '.join(meaningless)}"
-            )
+            parser.error(f"--against times fusefeat alone, in two processes: not with {', '.join(meaningless)}")
         return _run_against(parser, arguments)
 
     def save(run: Run) -> None:
@@ -252,11 +249,19 @@ def main(argv: Sequence[str]) -> int:
             (scaling if arguments.scaling else plot).write(arguments.plot, runs)
         except Skip as skip:
             print(f"no plot: {skip}", file=sys.stderr)
+    if any(run.interrupted for run in runs):
+        return 130
     if any(run.ours_failed for run in runs):
         print("fusefeat failed the correctness gate: see the table", file=sys.stderr)
         return 1
     return 0
 
 
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
+    # Who is told to stop, by a person or by a time limit, still prints what there is.
+    signal.signal(signal.SIGTERM, _interrupt)
     raise SystemExit(main(sys.argv[1:]))

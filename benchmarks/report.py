@@ -90,7 +90,7 @@ def text(run: Run) -> str:
             verdict = "not measured" if target.got is None else "MET" if target.met else "NOT MET"
             lines.append(f"  {verdict:<12}  {target.text}" + (f": {target.got}" if target.got else ""))
     if run.left_out:
-        lines += ["", f"Not run for lack of time (--limit): {'; '.join(run.left_out)}"]
+        lines += ["", f"Not run, {'interrupted' if run.interrupted else 'no time left'}: {'; '.join(run.left_out)}"]
     return "\n".join(lines)
 
 

@@ -56,6 +56,7 @@ class Run:
     about: dict[str, str] = field(default_factory=dict)
     targets: list[Target] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+    interrupted: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -68,6 +69,7 @@ class Run:
             about=data["about"],
             targets=[Target(**target) for target in data["targets"]],
             left_out=data["left_out"],
+            interrupted=data["interrupted"],
         )
 
     @property

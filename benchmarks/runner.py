@@ -157,7 +157,7 @@ def _mode_rows(
             mode,
             contender,
             kind,
-            caches="cold" if s.cold else "warm",
+            caches="cold" if s.cold and cold.are_evicted(all_inputs, s.device) else "warm",
         )
 
     work = case.work[mode]
@@ -166,9 +166,12 @@ def _mode_rows(
     found = cold.rotating_floors(
         [floors(inputs["x"], case.matmul) if case.floors is None else case.floors(inputs) for inputs in all_inputs]
     )
+    if case.floors is not None:
+        bounding = {name for group in work.floors for name in group}
+        found = {name: floor for name, floor in found.items() if name in bounding}
     for name, floor in found.items():
         rows[name] = new_row(name, "floor")
-        slices[name] = timing.repeated(floor.call, s.threads, s.seconds, grad=False)
+        slices[name] = timing.repeated(floor.call, s.threads, s.seconds, grad=False, cuda=s.device.type == "cuda")
     for entrant in entrants:
         contender = entrant.contender
         row = rows[contender.name] = new_row(contender.name, contender.kind)
