@@ -118,9 +118,13 @@ def compare(
             row.reason = refused[row.mode]
             continue
         times: dict[Process, list[float]] = {other: [], this: []}
-        for index in range(rounds):
-            for worker in (other, this) if index % 2 == 0 else (this, other):
-                times[worker].append(timing.summarise(worker.call("time", mode=row.mode)).median)
+        try:
+            for index in range(rounds):
+                for worker in (other, this) if index % 2 == 0 else (this, other):
+                    times[worker].append(timing.summarise(worker.call("time", mode=row.mode)).median)
+        except RuntimeError as error:
+            row.reason = f"{'this tree' if worker is this else 'the other commit'}: {error}"
+            continue
         ratios = timing.summarise([a / b for a, b in zip(times[other], times[this], strict=True)])
         row.other_ms = timing.summarise(times[other]).median * 1e3
         row.this_ms = timing.summarise(times[this]).median * 1e3

@@ -7,13 +7,12 @@ from functools import partial
 
 import fusefeat
 import torch
-from fusefeat import backends
 from torch import Tensor
 from torch.nn import functional as F
 
 from . import attention_pool_peers as peers
 from . import attention_pool_work as work
-from . import gpu_targets
+from . import environment, gpu_targets
 from .case import Bound, Case, Contender, Inputs, Target
 from .floor import READ
 from .results import OURS, Row, best_peer, time_of
@@ -112,15 +111,10 @@ def _with_backend(bind: Callable[[Inputs, str | None], Bound], backend: str | No
 
 
 def _ours(bind: Callable[[Inputs, str | None], Bound], device: torch.device) -> list[Contender]:
-    found = [Contender(OURS, None, _with_backend(bind, None))]
-    if device.type != "cpu":
-        probe = torch.empty(1, device=device)
-        found += [
-            Contender(f"{OURS} {name}", None, _with_backend(bind, name))
-            for name, backend in backends.BACKENDS.items()
-            if name != "reference" and not backend.why_not(probe)
-        ]
-    return found
+    named = [
+        Contender(f"{OURS} {name}", None, _with_backend(bind, name)) for name in environment.explicit_backends(device)
+    ]
+    return [Contender(OURS, None, _with_backend(bind, None)), *named]
 
 
 def padded_case(

@@ -66,6 +66,14 @@ def _kernel_huge_pages() -> str:
         return "unknown"
 
 
+def explicit_backends(device: torch.device) -> list[str]:
+    """On a GPU, where there are two: the backends to time by name beside the automatic choice."""
+    if device.type == "cpu":
+        return []
+    probe = torch.empty(1, device=device)
+    return [name for name, found in backends.BACKENDS.items() if name != "reference" and not found.why_not(probe)]
+
+
 def facts(device: torch.device, threads: int) -> dict[str, str]:
     """Name and text of everything the header prints."""
     peers = f"peers {'get' if huge_pages() == 'on' else 'do not get'} huge pages ({HUGE_PAGES} is {huge_pages()})"

@@ -8,10 +8,9 @@ from functools import partial
 
 import fusefeat
 import torch
-from fusefeat import backends
 from torch import Tensor
 
-from . import gpu_targets
+from . import environment, gpu_targets
 from . import shared_logits_peers as peers
 from .case import Case, Contender, Inputs, Target, Work
 from .floor import Floor
@@ -166,15 +165,8 @@ def _ours(function: Callable[[Tensor, Tensor, str | None], Tensor], device: torc
     def contender(name: str, backend: str | None) -> Contender:
         return Contender(name, None, lambda inputs: peers.bind(partial(function, backend=backend), inputs))
 
-    found = [contender(OURS, None)]
-    if device.type != "cpu":
-        probe = torch.empty(1, device=device)
-        found += [
-            contender(f"{OURS} {name}", name)
-            for name, backend in backends.BACKENDS.items()
-            if name != "reference" and not backend.why_not(probe, "shared_penalty")
-        ]
-    return found
+    named = [contender(f"{OURS} {name}", name) for name in environment.explicit_backends(device)]
+    return [contender(OURS, None), *named]
 
 
 def cases(

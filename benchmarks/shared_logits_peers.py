@@ -18,6 +18,8 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 MARGIN = 1.0
 
+_TRITON_DEVICES = ("cuda",)
+
 
 def _penalty(z: Tensor) -> Tensor:
     # Half types go on in float32, as under autocast: the entropies' gradients would be lost in less.
@@ -77,7 +79,7 @@ def _cut() -> Loss:
 
 
 def _bind_triton(load: Callable[[], Loss], inputs: Inputs) -> Bound:
-    if not inputs["x"].is_cuda:
+    if inputs["x"].device.type not in _TRITON_DEVICES:
         raise Skip("its kernels run on a GPU only")
     loss, targets = load(), _targets(inputs)
     return bind(lambda x, weight: loss(x, weight, targets), inputs)

@@ -101,7 +101,7 @@ def both_slice(bound: Bound, grad_out: Tensor, threads: int, seconds: float) -> 
 def backward_slice(bound: Bound, grad_out: Tensor, threads: int, seconds: float) -> Slice:
     """Backward alone, each time after a forward that is not timed: a kept graph would need retain_graph, which
     changes what is freed and, under torch.compile, what may be overwritten."""
-    cuda = grad_out.is_cuda
+    cuda = _on_gpu(bound)
 
     def once() -> float:
         out = bound.forward()
