@@ -19,7 +19,8 @@ LEGEND = """\
 ms: median over interleaved rounds; spread: interquartile range over the median; x best peer: the fastest peer's time
 over this one's; GB/s, GFLOP/s: what any implementation must move and compute, over the time; of floor: the time of
 reading (forward), or copying into a new gradient (backward), or both, measured in the same rounds, over the time, and
-for the shared-logits families that of the bare matrix products; (other): not the same computation, for comparison;
+for the shared-logits families that of the bare matrix products; of several ways of copying into new memory, or of
+multiplying, the fastest; (other): not the same computation, for comparison;
 peak MiB: memory in use at most during the call, its results included; error: largest RMS error of results and
 gradients relative to float64. Every gradient is written into new memory, as after zero_grad(set_to_none=True)."""
 
