@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import __main__ as cli  # noqa: E402
-from benchmarks import against, environment, report, tables  # noqa: E402
+from benchmarks import against, environment, plot, report, tables  # noqa: E402
 from benchmarks.results import OURS, Row, Run  # noqa: E402
 
 QUICK = ["attention_pool", "--quick", "--threads", "1", "--compare", "none"]
@@ -167,6 +167,18 @@ def test_tables_name_the_gpu(tmp_path: Path) -> None:
     asked: list[str] = []
     tables.updated(page, lambda name: asked.append(name) or [])
     assert asked == ["NVIDIA-H200/rows.csv"]
+
+
+def test_families_and_caches_have_panels_of_their_own() -> None:
+    """Or the bars of one family would be drawn over those of another with the same shape."""
+    rows = [row("recipe", median_ms=1.0), row("recipe", median_ms=2.0), row("recipe", median_ms=3.0)]
+    rows[1].family, rows[2].caches = "g", "cold"
+    panels = plot._panels([Run({}, rows)])
+    assert [(title.split(" ")[0], [found.median_ms for found in part]) for title, part in panels] == [
+        ("f", [1.0]),
+        ("g", [2.0]),
+        ("f", [3.0]),
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+try:
+    import torch
+except ImportError:
+    sys.exit(f"gpu-check: {sys.executable} has no torch; another Python: make gpu-check PYTHON=/path/to/python")
 
 ROOT = Path(__file__).resolve().parents[2]
 SWEEP = "tests/gpu/sanitizer_sweep.py"
@@ -120,7 +123,8 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", metavar="STAGE", help="run these stages alone")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        print("gpu-check: torch sees no CUDA device", file=sys.stderr)
+        why = "sees no CUDA device" if torch.version.cuda else "was built without CUDA"
+        print(f"gpu-check: torch {torch.__version__} {why}", file=sys.stderr)
         return 2
 
     name = torch.cuda.get_device_name()
