@@ -242,7 +242,8 @@ def run_case(case: Case, dtype_name: str, settings: Settings, say: Say) -> list[
         case = cold.rotating(case, all_inputs)
     entrants, grad_out = _at_the_gate(case, inputs, settings)
     rows: list[Row] = []
-    for mode in MODES:
-        say(f"{label}: {mode}")
-        rows += _mode_rows(case, dtype_name, mode, entrants, all_inputs, grad_out, settings)
+    with memory.few_to_collect():
+        for mode in MODES:
+            say(f"{label}: {mode}")
+            rows += _mode_rows(case, dtype_name, mode, entrants, all_inputs, grad_out, settings)
     return rows
