@@ -180,6 +180,13 @@ def _run_in_child(argv: Sequence[str], huge_pages: str) -> list[Run]:
     return report.from_json(child.stdout)
 
 
+def _draw(write: Callable[[Path, Sequence[Run]], None], path: Path, runs: Sequence[Run]) -> None:
+    try:
+        write(path, runs)
+    except Skip as skip:
+        print(f"no plot: {skip}", file=sys.stderr)
+
+
 def _run_against(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     """This tree and another commit in turn, ours alone."""
     device = torch.device(arguments.device)
@@ -213,6 +220,12 @@ def _run_against(parser: argparse.ArgumentParser, arguments: argparse.Namespace)
     print(against.text(arguments.against, rows), flush=True)
     if arguments.csv:
         report.write_plain_csv(arguments.csv, rows)
+    if arguments.plot:
+        _draw(
+            plot.write,
+            arguments.plot,
+            [Run({}, against.as_rows(arguments.against, arguments.device, arguments.threads, rows))],
+        )
     return int(any(row.reason.startswith("this tree") for row in rows))
 
 
@@ -226,10 +239,11 @@ def main(argv: Sequence[str]) -> int:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device cuda: {environment.why_no_cuda()}")
     if arguments.against:
-        alone = ("compare", "cold", "scaling", "thp", "limit", "plot", "json")
-        meaningless = [f"--{name}" for name in alone if getattr(arguments, name)]
+        meaningless = [f"--{name}" for name in ("cold", "scaling", "thp", "limit", "json") if getattr(arguments, name)]
         if meaningless:
-            parser.error(f"--against times fusefeat alone, in two processes: not with {', '.join(meaningless)}")
+            parser.error(f"--against does not go with {', '.join(meaningless)}")
+        if arguments.compare:
+            print("--against times fusefeat alone: --compare has no effect", file=sys.stderr)
         return _run_against(parser, arguments)
 
     def save(run: Run) -> None:
@@ -245,10 +259,7 @@ def main(argv: Sequence[str]) -> int:
     if arguments.csv:
         report.write_csv(arguments.csv, runs)
     if arguments.plot:
-        try:
-            (scaling if arguments.scaling else plot).write(arguments.plot, runs)
-        except Skip as skip:
-            print(f"no plot: {skip}", file=sys.stderr)
+        _draw((scaling if arguments.scaling else plot).write, arguments.plot, runs)
     if any(run.interrupted for run in runs):
         return 130
     if any(run.ours_failed for run in runs):

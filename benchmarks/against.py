@@ -19,6 +19,7 @@ from typing import Any
 
 from . import timing
 from .case import MODES
+from .results import Row
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -130,6 +131,20 @@ def compare(
         row.this_ms = timing.summarise(times[this]).median * 1e3
         row.ratio, row.ratio_low, row.ratio_high = ratios.median, ratios.q1, ratios.q3
     return found
+
+
+def as_rows(ref: str, device: str, threads: int, rows: Sequence[Comparison]) -> list[Row]:
+    """What was timed, as a chart wants it."""
+
+    def row(found: Comparison, contender: str, kind: str, ms: float | None) -> Row:
+        of = (found.family, found.case, found.shape, found.dtype, device, threads, "off", found.mode)
+        return Row(*of, contender, kind, median_ms=ms, q1_ms=ms, q3_ms=ms)
+
+    return [
+        row(found, *which)
+        for found in rows
+        for which in ((ref, "peer", found.other_ms), ("this tree", "ours", found.this_ms))
+    ]
 
 
 def text(ref: str, rows: Sequence[Comparison]) -> str:

@@ -40,7 +40,7 @@ def row(case: str, **values: object) -> Row:
         (["--plot", "chart.bmp"], "expected the name of a .png"),
         (["--csv", "/proc/none/rows.csv"], "/proc/none cannot be made"),
         (["--csv", str(ROOT)], "cannot be written"),
-        (["--against", "HEAD", "--cold", "--plot", "x.png"], "not with --cold, --plot"),
+        (["--against", "HEAD", "--cold", "--json"], "--against does not go with --cold, --json"),
     ],
 )
 def test_wrong_arguments_are_told_before_anything_is_measured(
@@ -118,7 +118,9 @@ def test_every_family_scales(family: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert {name.split("=")[0] for name in seen} == {"N", "D", "F"}
 
 
-def test_slow_cases_are_no_part_of_a_comparison_with_a_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_comparison_with_a_commit_leaves_slow_cases_out_and_draws_the_rest(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     asked: list[str] = []
 
     class Worker:
@@ -137,9 +139,19 @@ def test_slow_cases_are_no_part_of_a_comparison_with_a_commit(monkeypatch: pytes
 
     monkeypatch.setattr(against, "built", lambda ref, device: Built())
     monkeypatch.setattr(against, "Process", Worker)
-    monkeypatch.setattr(against, "compare", lambda other, this, family, dtype, case, *rest: asked.append(case) or [])
-    assert cli.main(["shared_penalty", "--against", "HEAD"]) == 0
+
+    def compare(other: object, this: object, family: str, dtype: str, case: str, *rest: object) -> list:
+        asked.append(case)
+        return [against.Comparison(family, case, "[1]", dtype, "both", 2.0, 1.0, 2.0, 2.0, 2.0)]
+
+    drawn: list[Run] = []
+    monkeypatch.setattr(against, "compare", compare)
+    monkeypatch.setattr(plot, "write", lambda path, runs: drawn.extend(runs))
+    argv = ["shared_penalty", "--against", "HEAD~1", "--compare", "eager", "--plot", str(tmp_path / "x.png")]
+    assert cli.main(argv) == 0
     assert "sae" in asked and "ibq" not in asked
+    assert [(found.contender, found.median_ms) for found in drawn[0].rows[:2]] == [("HEAD~1", 2.0), ("this tree", 1.0)]
+    assert "--compare has no effect" in capsys.readouterr().err
 
 
 def test_a_worker_that_dies_while_timing_is_one_row_s_reason() -> None:
