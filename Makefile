@@ -35,7 +35,7 @@ help:
 	@echo "make compat     one wheel, run under every supported torch"
 	@echo "make sanitize   compiled kernels under the address, undefined-behaviour and thread sanitizers (ARGS='thread')"
 	@echo "make mutation   plant faults one at a time and show that the tests catch each (ARGS='triton')"
-	@echo "make gpu-check  build, GPU tests, GPU benchmarks and compute-sanitizer, with the current Python, offline"
+	@echo "make gpu-check  build, GPU tests, GPU benchmarks and compute-sanitizer, with the current Python, offline (ARGS='--budget 3600')"
 	@echo "make clean      remove what was built (the virtual environment stays)"
 
 demo: build

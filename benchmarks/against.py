@@ -19,6 +19,7 @@ from typing import Any
 
 from . import timing
 from .case import MODES
+from .results import Row
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -118,14 +119,32 @@ def compare(
             row.reason = refused[row.mode]
             continue
         times: dict[Process, list[float]] = {other: [], this: []}
-        for index in range(rounds):
-            for worker in (other, this) if index % 2 == 0 else (this, other):
-                times[worker].append(timing.summarise(worker.call("time", mode=row.mode)).median)
+        try:
+            for index in range(rounds):
+                for worker in (other, this) if index % 2 == 0 else (this, other):
+                    times[worker].append(timing.summarise(worker.call("time", mode=row.mode)).median)
+        except RuntimeError as error:
+            row.reason = f"{'this tree' if worker is this else 'the other commit'}: {error}"
+            continue
         ratios = timing.summarise([a / b for a, b in zip(times[other], times[this], strict=True)])
         row.other_ms = timing.summarise(times[other]).median * 1e3
         row.this_ms = timing.summarise(times[this]).median * 1e3
         row.ratio, row.ratio_low, row.ratio_high = ratios.median, ratios.q1, ratios.q3
     return found
+
+
+def as_rows(ref: str, device: str, threads: int, rows: Sequence[Comparison]) -> list[Row]:
+    """What was timed, as a chart wants it."""
+
+    def row(found: Comparison, contender: str, kind: str, ms: float | None) -> Row:
+        of = (found.family, found.case, found.shape, found.dtype, device, threads, "off", found.mode)
+        return Row(*of, contender, kind, median_ms=ms, q1_ms=ms, q3_ms=ms)
+
+    return [
+        row(found, *which)
+        for found in rows
+        for which in ((ref, "peer", found.other_ms), ("this tree", "ours", found.this_ms))
+    ]
 
 
 def text(ref: str, rows: Sequence[Comparison]) -> str:

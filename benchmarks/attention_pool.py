@@ -7,13 +7,14 @@ from functools import partial
 
 import fusefeat
 import torch
-from fusefeat import backends
 from torch import Tensor
 from torch.nn import functional as F
 
 from . import attention_pool_peers as peers
-from .case import Bound, Case, Contender, Inputs, Target, Work
-from .floor import COPY_FRESH, READ
+from . import attention_pool_work as work
+from . import environment, gpu_targets
+from .case import Bound, Case, Contender, Inputs, Target
+from .floor import READ
 from .results import OURS, Row, best_peer, time_of
 
 FAMILY = "attention_pool"
@@ -110,28 +111,10 @@ def _with_backend(bind: Callable[[Inputs, str | None], Bound], backend: str | No
 
 
 def _ours(bind: Callable[[Inputs, str | None], Bound], device: torch.device) -> list[Contender]:
-    found = [Contender(OURS, None, _with_backend(bind, None))]
-    if device.type != "cpu":
-        probe = torch.empty(1, device=device)
-        found += [
-            Contender(f"{OURS} {name}", None, _with_backend(bind, name))
-            for name, backend in backends.BACKENDS.items()
-            if name != "reference" and not backend.why_not(probe)
-        ]
-    return found
-
-
-def _work(tokens: int, channels: int, queries: int, bags: int, item: int, grad_x: bool) -> dict[str, Work]:
-    x, small = tokens * channels * item, (queries + bags * queries) * channels * item
-    forward = Work(x + small, 4 * tokens * channels * queries, (READ,))
-    # Read x, recompute scores and the products with the gradient, write both gradients.
-    backward = Work(
-        (2 if grad_x else 1) * x + 2 * small,
-        (10 if grad_x else 6) * tokens * channels * queries,
-        (COPY_FRESH,) if grad_x else (READ,),
-    )
-    both = Work(forward.bytes + backward.bytes, forward.flops + backward.flops, forward.floors + backward.floors)
-    return {"forward": forward, "backward": backward, "both": both}
+    named = [
+        Contender(f"{OURS} {name}", None, _with_backend(bind, name)) for name in environment.explicit_backends(device)
+    ]
+    return [Contender(OURS, None, _with_backend(bind, None)), *named]
 
 
 def padded_case(
@@ -156,7 +139,7 @@ def padded_case(
         leaves=("x", "query"),
         reference=lambda tensors, grad: _by_bag(tensors, ("query",), _pool_bag, grad),
         contenders=[*_ours(_bind_pool, device), *peers.padded(device, one_query=queries is None)],
-        work=_work(bags * length, channels, queries or 1, bags, dtype.itemsize, grad_x=True),
+        work=work.pool(bags * length, channels, queries or 1, bags, dtype.itemsize, grad_x=True),
     )
 
 
@@ -175,7 +158,7 @@ def scored_case(name: str, used_by: str, shape: tuple[int, int, int], device: to
         leaves=("x", "scores"),
         reference=lambda tensors, grad: _by_bag(tensors, (), _scored_bag, grad, ("x", "scores")),
         contenders=[*_ours(_bind_softmax_pool, device), *peers.scored(device)],
-        work=_work(bags * length, channels, 1, bags, dtype.itemsize, grad_x=True),
+        work=work.scored(bags * length, channels, bags, dtype.itemsize),
     )
 
 
@@ -208,7 +191,7 @@ def packed_case(
         leaves=("query",) if frozen else ("x", "query"),
         reference=lambda tensors, grad: _by_bag(tensors, ("query",), _pool_bag, grad),
         contenders=[*_ours(_bind_pool, device), *peers.packed(lengths, device)],
-        work=_work(tokens, channels, 1, len(lengths), dtype.itemsize, grad_x=not frozen),
+        work=work.pool(tokens, channels, 1, len(lengths), dtype.itemsize, grad_x=not frozen),
     )
 
 
@@ -236,7 +219,7 @@ def layer_case(
         leaves=("x", "weight_in", "bias_in", "weight_out", "bias_out"),
         reference=lambda tensors, grad: _by_bag(tensors, ("weight_in", "bias_in", "weight_out"), _layer_bag, grad),
         contenders=[*_ours(_bind_layer, device), *peers.layer(device)],
-        work=_work(bags * length, channels, 1, bags, dtype.itemsize, grad_x=True),
+        work=work.layer(bags * length, channels, hidden, bags, dtype.itemsize),
         gradient_slack=(4.0, 1e-5),
         matmul=(bags * length, channels, hidden),
     )
@@ -299,8 +282,12 @@ def _against(rows: list[Row], text: str, case: str, mode: str, wanted: float, na
 
 
 def targets(rows: list[Row]) -> list[Target]:
-    """The project's promises for float32 on two CPU threads."""
-    rows = [row for row in rows if row.family == FAMILY and row.dtype == "fp32" and row.device == "cpu"]
+    """The project's promises for float32 on two CPU threads, and for a GPU, of what was run."""
+    rows = [row for row in rows if row.family == FAMILY]
+    on_gpu = gpu_targets.pools(rows)
+    rows = [row for row in rows if row.dtype == "fp32" and row.device == "cpu"]
+    if not rows:
+        return on_gpu
     rivals = ("eager", "compile", "sdpa")
     found = [
         _against(
@@ -338,4 +325,4 @@ def targets(rows: list[Row]) -> list[Target]:
         _against(rows, "[32,128,64] forward not slower than eager", "small", "forward", 1.0, ("eager",)),
         _against(rows, "[32,128,64] forward+backward not slower than eager", "small", "both", 1.0, ("eager",)),
     ]
-    return found
+    return found + on_gpu

@@ -79,6 +79,13 @@ def nested_pool(x: Tensor, query: Tensor, cu_seqlens: Tensor, longest: int) -> T
     return out.transpose(1, 2).values().squeeze(1)
 
 
+def nested_padded_pool(x: Tensor, query: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
+    """Nested tensors' own way of padding, which has a backward where their sum over tokens has none."""
+    tokens = torch.nested.nested_tensor_from_jagged(x, cu_seqlens, min_seqlen=0, max_seqlen=longest)
+    scores = (tokens @ query.unsqueeze(1)).to_padded_tensor(float("-inf"))
+    return (torch.softmax(scores, 1).transpose(1, 2) @ tokens.to_padded_tensor(0.0)).squeeze(1)
+
+
 def geometric_pool(x: Tensor, query: Tensor, bag: Tensor, bags: int) -> Tensor:
     utils = optional("torch_geometric.utils", "torch_geometric")
     weights = utils.softmax(x @ query, bag, num_nodes=bags)
@@ -164,9 +171,16 @@ def packed(lengths: Sequence[int], device: torch.device) -> list[Contender]:
             raise Skip(f"one call per bag is not a choice for {bags} bags")
         return _bind(partial(loop_pool, lengths=lengths), names, inputs)
 
-    def bind_padded(inputs: Inputs) -> Bound:
+    def check_padding() -> None:
         if bags * longest > 4 * tokens:
             raise Skip(f"padding to {longest} would take {bags * longest / tokens:.1f} times the tokens' memory")
+
+    def bind_nested_padded(inputs: Inputs) -> Bound:
+        check_padding()
+        return _bind(partial(nested_padded_pool, longest=longest), ("x", "query", "cu_seqlens"), inputs)
+
+    def bind_padded(inputs: Inputs) -> Bound:
+        check_padding()
         mask = torch.arange(longest, device=device) < torch.tensor(lengths, device=device)[:, None]
         return _bind(partial(padded_pool, mask=mask), names, inputs)
 
@@ -176,6 +190,7 @@ def packed(lengths: Sequence[int], device: torch.device) -> list[Contender]:
         Contender("loop over bags", "loop", bind_loop),
         Contender("padded sdpa", "padded", bind_padded),
         Contender("nested", "nested", bind_nested),
+        Contender("nested, padded", "nested", bind_nested_padded),
         Contender("torch_geometric", "pyg", bind_geometric),
     ]
 

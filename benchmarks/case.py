@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .floor import Floor
+from .floor import Floor, Groups
 
 Inputs = dict[str, Tensor]
 
@@ -52,11 +52,12 @@ class Contender:
 
 @dataclass(frozen=True)
 class Work:
-    """What any implementation must move and compute, and the floors that together bound its time from below."""
+    """What any implementation must move and compute, and the floors that together bound its time from below: of each
+    group the fastest one."""
 
     bytes: int
     flops: int
-    floors: tuple[str, ...]
+    floors: Groups
 
 
 @dataclass(frozen=True)

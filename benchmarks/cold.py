@@ -33,12 +33,20 @@ def cache_bytes(device: torch.device) -> int:
 
 def copies(inputs: Inputs, cache: int) -> list[Inputs]:
     """The inputs and as many copies of them as take two caches together: the last use of each is then evicted."""
-    size = sum(tensor.numel() * tensor.element_size() for tensor in inputs.values())
-    count = min(max(-(-2 * cache // max(size, 1)), 2), _MOST_COPIES)
+    count = min(max(-(-2 * cache // max(_size(inputs), 1)), 2), _MOST_COPIES)
     return [inputs] + [
         {name: tensor.detach().clone().requires_grad_(tensor.requires_grad) for name, tensor in inputs.items()}
         for _ in range(count - 1)
     ]
+
+
+def _size(inputs: Inputs) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in inputs.values())
+
+
+def are_evicted(all_inputs: Sequence[Inputs], device: torch.device) -> bool:
+    """Whether so many copies are more than the caches hold. The smallest inputs would need thousands."""
+    return _size(all_inputs[0]) * len(all_inputs) > cache_bytes(device)
 
 
 def rotation(bounds: Sequence[Bound]) -> Bound:

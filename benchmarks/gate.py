@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from .case import Bound, Case, Inputs
-from .timing import gradients
 
 # Root-mean-square error relative to the reference's own root mean square. A peer may round its intermediate
 # tensors as it likes; beyond these limits it computes something else.
@@ -30,12 +29,15 @@ def forward_errors(bound: Bound, wanted: Inputs) -> dict[str, float]:
 
 
 def gradient_errors(bound: Bound, wanted: Inputs, grad_out: Tensor) -> dict[str, float]:
-    """Errors of the gradients that the reference has."""
+    """Errors of the gradients that the reference has, and of the result that they belong to: a forward that keeps
+    something for its backward may be another kernel."""
     with torch.enable_grad():
-        got = dict(zip(bound.leaves, gradients(bound, grad_out), strict=True))
-    return {
+        out = bound.forward()
+        got = dict(zip(bound.leaves, torch.autograd.grad(out, list(bound.leaves.values()), grad_out), strict=True))
+    of_gradients = {
         f"grad {name}": relative_error(got[name], wanted[f"grad {name}"]) for name in got if f"grad {name}" in wanted
     }
+    return {"out of training": relative_error(out, wanted["out"])} | of_gradients
 
 
 def verdict(

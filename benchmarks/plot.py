@@ -18,12 +18,11 @@ def _panels(runs: Sequence[Run]) -> list[tuple[str, list[Row]]]:
     for run in runs:
         for row in run.rows:
             if row.mode in _TITLES and row.kind != "floor" and row.median_ms is not None:
-                key = (row.case, row.shape, row.dtype, row.device, row.huge_pages, row.mode)
+                pages = f", torch's huge pages {row.huge_pages}" if row.device == "cpu" else ""
+                how = f"{_TITLES[row.mode]}, {row.caches} caches{pages}"
+                key = (row.family, row.case, row.shape, row.dtype, row.device, how)
                 panels.setdefault(key, []).append(row)
-    return [
-        (f"{case} {shape} {dtype} {device}\n{_TITLES[mode]}, torch's huge pages {pages}", rows)
-        for (case, shape, dtype, device, pages, mode), rows in panels.items()
-    ]
+    return [("{} {} {} {} {}\n{}".format(*key), rows) for key, rows in panels.items()]
 
 
 def write(path: Path, runs: Sequence[Run]) -> None:

@@ -19,7 +19,8 @@ LEGEND = """\
 ms: median over interleaved rounds; spread: interquartile range over the median; x best peer: the fastest peer's time
 over this one's; GB/s, GFLOP/s: what any implementation must move and compute, over the time; of floor: the time of
 reading (forward), or copying into a new gradient (backward), or both, measured in the same rounds, over the time, and
-for the shared-logits families that of the bare matrix products; (other): not the same computation, for comparison;
+for the shared-logits families that of the bare matrix products; of several ways of copying into new memory, or of
+multiplying, the fastest; (other): not the same computation, for comparison;
 peak MiB: memory in use at most during the call, its results included; error: largest RMS error of results and
 gradients relative to float64. Every gradient is written into new memory, as after zero_grad(set_to_none=True)."""
 
@@ -89,17 +90,20 @@ def text(run: Run) -> str:
         for target in run.targets:
             verdict = "not measured" if target.got is None else "MET" if target.met else "NOT MET"
             lines.append(f"  {verdict:<12}  {target.text}" + (f": {target.got}" if target.got else ""))
+    if run.left_out:
+        lines += ["", f"Not run, {'interrupted' if run.interrupted else 'no time left'}: {'; '.join(run.left_out)}"]
     return "\n".join(lines)
 
 
 def write_csv(path: Path, runs: Iterable[Run]) -> None:
     """Every row of every run, with the versions it was measured with."""
-    extra = ("used_by", "fusefeat_version", "torch_version", "processor")
+    extra = ("used_by", "fusefeat_version", "torch_version", "processor", "device_name")
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Row)] + list(extra))
         writer.writeheader()
         for run in runs:
-            origin = (run.environment[name] for name in ("fusefeat", "torch", "processor"))
+            origin = [run.environment[name] for name in ("fusefeat", "torch", "processor")]
+            origin.append(run.environment.get("device", origin[-1]))
             constant = dict(zip(extra[1:], origin, strict=True))
             writer.writerows(asdict(row) | constant | {"used_by": run.about.get(row.case, "")} for row in run.rows)
 

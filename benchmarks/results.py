@@ -55,6 +55,8 @@ class Run:
     rows: list[Row] = field(default_factory=list)
     about: dict[str, str] = field(default_factory=dict)
     targets: list[Target] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    interrupted: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -66,6 +68,8 @@ class Run:
             rows=[Row(**row) for row in data["rows"]],
             about=data["about"],
             targets=[Target(**target) for target in data["targets"]],
+            left_out=data["left_out"],
+            interrupted=data["interrupted"],
         )
 
     @property

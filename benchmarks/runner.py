@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from . import cold, gate, memory, timing
 from .case import MODES, Bound, Case, Contender, Inputs, Skip
-from .floor import floors
+from .floor import bound_ms, floors
 from .results import Row, best_peer
 
 Say = Callable[[str], None]
+Reference = Callable[[Inputs, Tensor | None], Inputs]
 
 
 @dataclass(frozen=True)
@@ -49,16 +51,25 @@ def _refuse(modes: Collection[str], status: str, reason: str) -> dict[str, tuple
 
 
 def _enter(
-    case: Case, contender: Contender, inputs: Inputs, wanted: Inputs, grad_out: Tensor, baseline: dict[str, float]
+    case: Case,
+    contender: Contender,
+    inputs: Inputs,
+    wanted: Callable[[Reference], Inputs],
+    grad_out: Tensor,
+    baseline: dict[str, float],
 ) -> _Entrant:
     """Bind a contender and hold it against the reference. Peers may fail in any way they like: that is a result."""
     dtype = inputs["x"].dtype
     errors: dict[str, float] = {}
     if contender.reference is not None:
-        wanted, baseline = contender.reference(inputs, grad_out), {}
+        baseline = {}
     try:
         bound = contender.bind(inputs)
-        errors |= gate.forward_errors(bound, wanted)
+        if set(bound.leaves) != set(case.leaves):
+            reason = f"gives gradients of {', '.join(bound.leaves)}, not of {', '.join(case.leaves)}"
+            return _Entrant(contender, None, _refuse(MODES, "wrong", reason), errors)
+        reference = wanted(contender.reference or case.reference)
+        errors |= gate.forward_errors(bound, reference)
     except Skip as skip:
         return _Entrant(contender, None, _refuse(MODES, "skipped", str(skip)), errors)
     except Exception as error:
@@ -67,7 +78,7 @@ def _enter(
     if wrong:
         return _Entrant(contender, None, _refuse(MODES, "wrong", wrong), errors)
     try:
-        of_gradients = gate.gradient_errors(bound, wanted, grad_out)
+        of_gradients = gate.gradient_errors(bound, reference, grad_out)
     except Exception as error:
         return _Entrant(contender, bound, _refuse(MODES[1:], "failed", _first_line(error)), errors)
     errors |= of_gradients
@@ -83,7 +94,8 @@ def _at_the_gate(case: Case, inputs: Inputs, settings: Settings) -> tuple[list[_
     out = case.reference(inputs, None)["out"]
     generator = torch.Generator().manual_seed(1)
     grad_out = torch.randn(out.shape, generator=generator).to(inputs["x"])
-    wanted = case.reference(inputs, grad_out)
+    # Each reference once, and only when somebody gets as far as to be held against it.
+    wanted = cache(lambda reference: reference(inputs, grad_out))
     # Ours are judged against the baseline's own error, so that one enters first, timed or not.
     first = [_enter(case, c, inputs, wanted, grad_out, {}) for c in case.contenders if c.name == case.baseline]
     baseline = first[0].errors if first else {}
@@ -99,7 +111,13 @@ def _at_the_gate(case: Case, inputs: Inputs, settings: Settings) -> tuple[list[_
 
 
 def _step(mode: str, bound: Bound, grad_out: Tensor) -> Callable[[], object]:
-    return bound.forward if mode == "forward" else lambda: timing.gradients(bound, grad_out)
+    """The call whose memory is looked at; what comes before it is done here."""
+    if mode == "forward":
+        return bound.forward
+    if mode == "both":
+        return lambda: timing.gradients(bound, grad_out)
+    out = bound.forward()
+    return lambda: torch.autograd.grad(out, list(bound.leaves.values()), grad_out)
 
 
 def _slice(mode: str, bound: Bound, grad_out: Tensor, settings: Settings) -> timing.Slice:
@@ -139,7 +157,7 @@ def _mode_rows(
             mode,
             contender,
             kind,
-            caches="cold" if s.cold else "warm",
+            caches="cold" if s.cold and cold.are_evicted(all_inputs, s.device) else "warm",
         )
 
     work = case.work[mode]
@@ -148,9 +166,12 @@ def _mode_rows(
     found = cold.rotating_floors(
         [floors(inputs["x"], case.matmul) if case.floors is None else case.floors(inputs) for inputs in all_inputs]
     )
+    if case.floors is not None:
+        bounding = {name for group in work.floors for name in group}
+        found = {name: floor for name, floor in found.items() if name in bounding}
     for name, floor in found.items():
         rows[name] = new_row(name, "floor")
-        slices[name] = timing.repeated(floor.call, s.threads, s.seconds, grad=False)
+        slices[name] = timing.repeated(floor.call, s.threads, s.seconds, grad=False, cuda=s.device.type == "cuda")
     for entrant in entrants:
         contender = entrant.contender
         row = rows[contender.name] = new_row(contender.name, contender.kind)
@@ -163,7 +184,7 @@ def _mode_rows(
     for name, times in timing.interleaved(slices, s.rounds).items():
         done = found.get(name, work)
         _fill(rows[name], times, done.bytes, done.flops)
-    floor_ms = sum(rows[name].median_ms or 0.0 for name in work.floors)
+    floor_ms = bound_ms(work.floors, {name: rows[name].median_ms for name in found})
     best = best_peer(rows.values(), case.name, mode)
     for entrant in entrants:
         row = rows[entrant.contender.name]
@@ -172,10 +193,9 @@ def _mode_rows(
         row.floor_ms, row.floor_fraction = floor_ms, floor_ms / row.median_ms
         if best is not None and best.median_ms is not None and row.kind != "other":
             row.speedup = best.median_ms / row.median_ms
-        if mode != "backward":
-            with torch.set_grad_enabled(mode != "forward"):
-                peak = memory.peak_bytes(_step(mode, entrant.bound, grad_out), s.device)
-            row.peak_mib = None if peak is None else peak / 2**20
+        with torch.set_grad_enabled(mode != "forward"):
+            peak = memory.peak_bytes(_step(mode, entrant.bound, grad_out), s.device)
+        row.peak_mib = None if peak is None else peak / 2**20
     return list(rows.values())
 
 
@@ -222,7 +242,8 @@ def run_case(case: Case, dtype_name: str, settings: Settings, say: Say) -> list[
         case = cold.rotating(case, all_inputs)
     entrants, grad_out = _at_the_gate(case, inputs, settings)
     rows: list[Row] = []
-    for mode in MODES:
-        say(f"{label}: {mode}")
-        rows += _mode_rows(case, dtype_name, mode, entrants, all_inputs, grad_out, settings)
+    with memory.few_to_collect():
+        for mode in MODES:
+            say(f"{label}: {mode}")
+            rows += _mode_rows(case, dtype_name, mode, entrants, all_inputs, grad_out, settings)
     return rows

@@ -8,15 +8,17 @@ from functools import partial
 
 import fusefeat
 import torch
-from fusefeat import backends
 from torch import Tensor
 
+from . import environment, gpu_targets
 from . import shared_logits_peers as peers
 from .case import Case, Contender, Inputs, Target, Work
 from .floor import Floor
 from .results import OURS, Row, best_peer, time_of
 
 FORWARD_PRODUCT, BACKWARD_PRODUCTS = "mm", "mm backward"
+# The same into memory in use already: new memory for all logits is nothing that has to be.
+FORWARD_KEPT, BACKWARD_KEPT = "mm kept", "mm backward kept"
 
 # name: who uses it, rows, channels, features. The first four carry the project's promises.
 SHAPES = {
@@ -56,6 +58,15 @@ def scaling_shapes(quick: bool) -> dict[str, Shapes]:
         axis: {f"{axis}={sizes['NDF'.index(axis)]}": ("scaling", *sizes) for sizes in all_sizes}
         for axis, all_sizes in axes.items()
     }
+
+
+def scaling(make: Callable[[Shapes], list[Case]], quick: bool) -> dict[str, list[tuple[int, Case]]]:
+    """By axis: sizes and their cases."""
+    found = {}
+    for axis, shapes in scaling_shapes(quick).items():
+        sizes = [shape["NDF".index(axis) + 1] for shape in shapes.values()]
+        found[axis] = list(zip(sizes, make(shapes), strict=True))
+    return found
 
 
 def _chunks(inputs: Inputs) -> list[Tensor]:
@@ -125,19 +136,27 @@ def _floors(inputs: Inputs) -> dict[str, Floor]:
     """The bare products that no implementation can do without; the gradient of the logits is any matrix."""
     x, weight = inputs["x"].detach(), inputs["weight"].detach()
     rows, features, channels = x.shape[0], weight.shape[0], x.shape[1]
-    grad = torch.empty(rows, features, dtype=x.dtype, device=x.device).normal_()
+    grad, logits = (torch.empty(rows, features, dtype=x.dtype, device=x.device).normal_() for _ in range(2))
+    kept = torch.empty_like(x), torch.empty_like(weight)
     product = 2 * rows * features * channels
     traffic = x.element_size() * (x.numel() + weight.numel() + grad.numel())
+
+    def backward(out: tuple[Tensor | None, Tensor | None]) -> Tensor:
+        torch.mm(grad.t(), x, out=out[1])
+        return torch.mm(grad, weight, out=out[0])
+
     return {
         FORWARD_PRODUCT: Floor(lambda: torch.mm(x, weight.t()), traffic, product),
-        BACKWARD_PRODUCTS: Floor(lambda: (torch.mm(grad, weight), torch.mm(grad.t(), x))[0], 2 * traffic, 2 * product),
+        FORWARD_KEPT: Floor(lambda: torch.mm(x, weight.t(), out=logits), traffic, product),
+        BACKWARD_PRODUCTS: Floor(lambda: backward((None, None)), 2 * traffic, 2 * product),
+        BACKWARD_KEPT: Floor(lambda: backward(kept), 2 * traffic, 2 * product),
     }
 
 
 def _work(rows: int, channels: int, features: int, item: int) -> dict[str, Work]:
     operands, product = (rows + features) * channels * item, 2 * rows * channels * features
-    forward = Work(operands, product, (FORWARD_PRODUCT,))
-    backward = Work(2 * operands, 2 * product, (BACKWARD_PRODUCTS,))
+    forward = Work(operands, product, ((FORWARD_PRODUCT, FORWARD_KEPT),))
+    backward = Work(2 * operands, 2 * product, ((BACKWARD_PRODUCTS, BACKWARD_KEPT),))
     both = Work(3 * operands, 3 * product, forward.floors + backward.floors)
     return {"forward": forward, "backward": backward, "both": both}
 
@@ -146,15 +165,8 @@ def _ours(function: Callable[[Tensor, Tensor, str | None], Tensor], device: torc
     def contender(name: str, backend: str | None) -> Contender:
         return Contender(name, None, lambda inputs: peers.bind(partial(function, backend=backend), inputs))
 
-    found = [contender(OURS, None)]
-    if device.type != "cpu":
-        probe = torch.empty(1, device=device)
-        found += [
-            contender(f"{OURS} {name}", name)
-            for name, backend in backends.BACKENDS.items()
-            if name != "reference" and not backend.why_not(probe, "shared_penalty")
-        ]
-    return found
+    named = [contender(f"{OURS} {name}", name) for name in environment.explicit_backends(device)]
+    return [contender(OURS, None), *named]
 
 
 def cases(
@@ -175,7 +187,7 @@ def cases(
             return {"x": x.to(device, dtype), "weight": weight.to(device, dtype)}
 
         # Half precision products on a CPU go element by element in torch: minutes for what others do in a second.
-        limit = 2e9 if dtype == torch.float16 and device.type == "cpu" else 5e10
+        limit = 2e9 if dtype == torch.float16 else 5e10
         return Case(
             family=family,
             name=name,
@@ -189,7 +201,7 @@ def cases(
             # Logits rounded to half types fall on the other side of the clamp, where the gradient has a step.
             peer_slack=10.0 if dtype.itemsize == 2 and reference is not penalty_reference else 1.0,
             floors=_floors,
-            slow=rows * channels * features > limit,
+            slow=device.type == "cpu" and rows * channels * features > limit,
         )
 
     return [case(name, *shape) for name, shape in shapes.items()]
@@ -220,9 +232,10 @@ def _over_peer(rows: list[Row], name: str, dtype: str, peer: str, wanted: float)
 
 
 def targets(family: str, rows: list[Row]) -> list[Target]:
-    """The project's promises for two CPU threads, of the types that were run."""
-    rows = [row for row in rows if row.family == family and row.device == "cpu"]
-    found: list[Target] = []
+    """The project's promises for two CPU threads and for a GPU, of the types that were run."""
+    rows = [row for row in rows if row.family == family]
+    found = gpu_targets.products(rows, {name: shape[1:] for name, shape in SHAPES.items()})
+    rows = [row for row in rows if row.device == "cpu"]
     for dtype in ("fp32", "bf16", "fp16"):
         of_type = [row for row in rows if row.dtype == dtype]
         if not of_type:

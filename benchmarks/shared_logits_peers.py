@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .case import Bound, Contender, Inputs, Skip
-from .peers import compiled
+from .peers import compiled, optional
 
 Function = Callable[[Tensor, Tensor], Tensor]
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 MARGIN = 1.0
+
+_TRITON_DEVICES = ("cuda",)
 
 
 def _penalty(z: Tensor) -> Tensor:
@@ -63,14 +67,38 @@ def _bind_cross_entropy(inputs: Inputs) -> Bound:
     return bind(lambda x, weight: F.linear_cross_entropy(x, weight, targets, options=options), inputs)
 
 
+def _liger() -> Loss:
+    losses = optional("liger_kernel.transformers", "liger-kernel")
+    loss = losses.LigerFusedLinearCrossEntropyLoss()
+    return lambda x, weight, targets: loss(weight, x, targets)
+
+
+def _cut() -> Loss:
+    found: Loss = optional("cut_cross_entropy", "cut-cross-entropy").linear_cross_entropy
+    return found
+
+
+def _bind_triton(load: Callable[[], Loss], inputs: Inputs) -> Bound:
+    if inputs["x"].device.type not in _TRITON_DEVICES:
+        raise Skip("its kernels run on a GPU only")
+    loss, targets = load(), _targets(inputs)
+    return bind(lambda x, weight: loss(x, weight, targets), inputs)
+
+
 def cross_entropy_reference(inputs: Inputs, grad_out: Tensor | None) -> Inputs:
-    x, weight = (inputs[name].detach().double().requires_grad_() for name in ("x", "weight"))
-    out = F.cross_entropy(F.linear(x, weight), _targets(inputs))
-    wanted = {"out": out.detach()}
-    if grad_out is not None:
-        grads = torch.autograd.grad(out, [x, weight], grad_out.double())
-        wanted |= {"grad x": grads[0], "grad weight": grads[1]}
-    return wanted
+    """In float64, a few rows at a time."""
+    weight, targets = inputs["weight"].detach().double().requires_grad_(), _targets(inputs)
+    rows, at_once = targets.shape[0], max(1, 2**23 // weight.shape[0])
+    out, grads_x, grad_weight = weight.new_zeros(()), [], torch.zeros_like(weight)
+    for x, chosen in zip(inputs["x"].detach().split(at_once), targets.split(at_once), strict=True):
+        leaf = x.double().requires_grad_()
+        loss = F.cross_entropy(F.linear(leaf, weight), chosen, reduction="sum") / rows
+        out += loss.detach()
+        if grad_out is not None:
+            grad_x, grad = torch.autograd.grad(loss, [leaf, weight], grad_out.double())
+            grads_x.append(grad_x)
+            grad_weight += grad
+    return {"out": out} if grad_out is None else {"out": out, "grad x": torch.cat(grads_x), "grad weight": grad_weight}
 
 
 def plain(function: Function, device: torch.device) -> list[Contender]:
@@ -80,8 +108,15 @@ def plain(function: Function, device: torch.device) -> list[Contender]:
     ]
 
 
-def cross_entropy() -> Contender:
-    """Torch's own fused linear layer and loss on the same logits, in chunks: what its time and memory are."""
-    return Contender(
-        "linear_cross_entropy, chunked", "linear_cross_entropy", _bind_cross_entropy, cross_entropy_reference
-    )
+def cross_entropies() -> list[Contender]:
+    """Fused linear layers and losses on the same logits, which do not keep all of them either: not the same
+    computation, but what its time and memory are."""
+
+    def contender(name: str, peer: str, bind: Callable[[Inputs], Bound]) -> Contender:
+        return Contender(name, peer, bind, cross_entropy_reference)
+
+    return [
+        contender("linear_cross_entropy, chunked", "linear_cross_entropy", _bind_cross_entropy),
+        contender("Liger-Kernel cross entropy", "liger", partial(_bind_triton, _liger)),
+        contender("cut-cross-entropy", "cce", partial(_bind_triton, _cut)),
+    ]

@@ -22,12 +22,20 @@ def _ours(x: Tensor, weight: Tensor, backend: str | None) -> Tensor:
     return penalty + reg
 
 
-def cases(device: torch.device, dtype: torch.dtype, quick: bool) -> list[Case]:
+def _cases(device: torch.device, dtype: torch.dtype, shapes: shared_logits.Shapes) -> list[Case]:
     penalty = partial(shared_logits.penalty, backend=None)
     alone = Contender(ALONE, None, lambda inputs: peers.bind(penalty, inputs), shared_logits.penalty_reference)
     reference = shared_logits.objective_reference
-    shapes = shared_logits.shapes(quick)
     return shared_logits.cases(FAMILY, _ours, peers.shared_objective, reference, [alone], device, dtype, shapes)
+
+
+def cases(device: torch.device, dtype: torch.dtype, quick: bool) -> list[Case]:
+    return _cases(device, dtype, shared_logits.shapes(quick))
+
+
+def scaling(device: torch.device, dtype: torch.dtype, quick: bool) -> dict[str, list[tuple[int, Case]]]:
+    """By axis: sizes and their cases."""
+    return shared_logits.scaling(partial(_cases, device, dtype), quick)
 
 
 def targets(rows: list[Row]) -> list[Target]:

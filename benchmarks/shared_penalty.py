@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from . import shared_logits
@@ -14,7 +16,7 @@ FAMILY = "shared_penalty"
 
 def _cases(device: torch.device, dtype: torch.dtype, shapes: shared_logits.Shapes) -> list[Case]:
     ours, reference = shared_logits.penalty, shared_logits.penalty_reference
-    others = [peers.cross_entropy()]
+    others = peers.cross_entropies()
     return shared_logits.cases(FAMILY, ours, peers.shared_penalty, reference, others, device, dtype, shapes)
 
 
@@ -24,11 +26,7 @@ def cases(device: torch.device, dtype: torch.dtype, quick: bool) -> list[Case]:
 
 def scaling(device: torch.device, dtype: torch.dtype, quick: bool) -> dict[str, list[tuple[int, Case]]]:
     """By axis: sizes and their cases."""
-    found = {}
-    for axis, shapes in shared_logits.scaling_shapes(quick).items():
-        sizes = [shape["NDF".index(axis) + 1] for shape in shapes.values()]
-        found[axis] = list(zip(sizes, _cases(device, dtype, shapes), strict=True))
-    return found
+    return shared_logits.scaling(partial(_cases, device, dtype), quick)
 
 
 def targets(rows: list[Row]) -> list[Target]:

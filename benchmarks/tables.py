@@ -1,6 +1,7 @@
 """Writes the tables of docs/performance.md from the CSV files of real runs: `python -m benchmarks.tables [--check]`.
 
-A block between `<!-- table NAME.csv -->` and `<!-- end -->` holds what benchmarks/results/NAME.csv says.
+A block between `<!-- table NAME.csv -->` and `<!-- end -->` holds what benchmarks/results/NAME.csv says; NAME may
+name a folder, as those of `make gpu-check`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "performance.md"
 RESULTS = ROOT / "benchmarks" / "results"
 
-_BLOCK = re.compile(r"(<!-- table (?P<name>[\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- table (?P<name>[\w./-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _SHOWN = (("forward", "forward"), ("both", "forward + backward"))
 _LOST = 0.95  # below that, ours is slower than the best peer by more than noise
 
@@ -101,11 +102,12 @@ def render(rows: Iterable[Record]) -> str:
     for (family, dtype, device, threads, pages, caches), group in groupby(rows, key=_setting):
         of_table = list(group)
         first = of_table[0]
-        on = f"{first['processor']}" if device == "cpu" else device
-        title = (
-            f"{family}, {dtype}: {on} ({threads} threads), torch {first['torch_version']}, {caches} caches, "
-            f"huge pages for torch's own allocations {pages}"
-        )
+        title = f"{family}, {dtype}: "
+        if device == "cpu":
+            title += f"{first['processor']} ({threads} threads), torch {first['torch_version']}, {caches} caches, "
+            title += f"huge pages for torch's own allocations {pages}"
+        else:
+            title += f"{first.get('device_name') or device}, torch {first['torch_version']}, {caches} caches"
         parts.append("\n".join([title, "", *_table(of_table), "", *_refused(of_table)]).rstrip())
     return "\n\n".join(parts) + "\n"
 

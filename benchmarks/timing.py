@@ -15,6 +15,8 @@ from .case import Bound
 
 Slice = Callable[[], list[float]]
 
+_GPU_BLOCKS = 5
+
 
 @dataclass(frozen=True)
 class Stats:
@@ -57,12 +59,22 @@ def interleaved(
     return times
 
 
-def repeated(step: Callable[[], object], threads: int, seconds: float, grad: bool) -> Slice:
+def _blocks(timer: benchmark.Timer, seconds: float) -> list[float]:
+    """A few blocks, each until the GPU's last kernel has ended. ``blocked_autorange`` would make each of them 10,000
+    times as long as it takes to synchronise, whatever the slice."""
+    # Launch and wait, once: an upper bound, so that the blocks do not outgrow the slice.
+    number = max(1, round(seconds / _GPU_BLOCKS / timer.timeit(1).mean))
+    return [timer.timeit(number).mean for _ in range(_GPU_BLOCKS)]
+
+
+def repeated(step: Callable[[], object], threads: int, seconds: float, grad: bool, cuda: bool = False) -> Slice:
     """A slice of blocked measurements of ``step``: enough calls per block to drown the clock, a warm-up first."""
     timer = benchmark.Timer("step()", globals={"step": step}, num_threads=threads)
 
     def run() -> list[float]:
         with torch.set_grad_enabled(grad):
+            if cuda:
+                return _blocks(timer, seconds)
             measured = timer.blocked_autorange(min_run_time=seconds)
         return [t / measured.number_per_run for t in measured.raw_times]
 
@@ -74,18 +86,22 @@ def gradients(bound: Bound, grad_out: Tensor) -> tuple[Tensor, ...]:
     return torch.autograd.grad(bound.forward(), list(bound.leaves.values()), grad_out)
 
 
+def _on_gpu(bound: Bound) -> bool:
+    return any(leaf.is_cuda for leaf in bound.leaves.values())
+
+
 def forward_slice(bound: Bound, threads: int, seconds: float) -> Slice:
-    return repeated(bound.forward, threads, seconds, grad=False)
+    return repeated(bound.forward, threads, seconds, grad=False, cuda=_on_gpu(bound))
 
 
 def both_slice(bound: Bound, grad_out: Tensor, threads: int, seconds: float) -> Slice:
-    return repeated(lambda: gradients(bound, grad_out), threads, seconds, grad=True)
+    return repeated(lambda: gradients(bound, grad_out), threads, seconds, grad=True, cuda=_on_gpu(bound))
 
 
 def backward_slice(bound: Bound, grad_out: Tensor, threads: int, seconds: float) -> Slice:
     """Backward alone, each time after a forward that is not timed: a kept graph would need retain_graph, which
     changes what is freed and, under torch.compile, what may be overwritten."""
-    cuda = grad_out.is_cuda
+    cuda = _on_gpu(bound)
 
     def once() -> float:
         out = bound.forward()

@@ -24,23 +24,17 @@ class Worker:
         self.settings = settings
         self._ready: runner.Ready | None = None
 
-    def cases(self, family: str, dtype: str, quick: bool) -> dict[str, str]:
-        return {case.name: case.shape for case in self._cases(family, dtype, quick)}
-
     def prepare(self, family: str, dtype: str, quick: bool, case: str) -> dict[str, str]:
         """By mode, why it gets no time."""
-        found = next(c for c in self._cases(family, dtype, quick) if c.name == case)
+        module = importlib.import_module(f".{family}", __package__)
+        cases: list[Case] = module.cases(self.settings.device, DTYPES[dtype], quick)
+        found = next(c for c in cases if c.name == case)
         self._ready = runner.make_ready(found, OURS, self.settings)
         return self._ready.refused
 
     def time(self, mode: str) -> list[float]:
         assert self._ready is not None
         return self._ready.slices[mode]()
-
-    def _cases(self, family: str, dtype: str, quick: bool) -> list[Case]:
-        module = importlib.import_module(f".{family}", __package__)
-        cases: list[Case] = module.cases(self.settings.device, DTYPES[dtype], quick)
-        return cases
 
 
 def main() -> None:
@@ -55,7 +49,6 @@ def main() -> None:
     os.dup2(2, 1)
     worker = Worker(runner.Settings(torch.device(arguments.device), arguments.threads, 1, arguments.slice, "off", ()))
     calls: dict[str, Callable[..., Any]] = {
-        "cases": worker.cases,
         "prepare": worker.prepare,
         "time": worker.time,
     }
