@@ -16,12 +16,14 @@ struct PoolPartition {
   int64_t parts = 0;
   bool covers = true;  // every token lies in a bag
 
-  // Tokens per item: enough bytes to make taking an item cheap, and enough tokens per query that what the
-  // parts leave behind stays small beside the tokens themselves.
+  // Tokens per item: enough bytes to make taking an item cheap, items enough for some dozen threads, and enough tokens
+  // per query that what the parts leave behind stays small beside the tokens themselves.
   static int64_t block_tokens(const PoolArgs& args, int64_t element_bytes) {
     const int64_t row_bytes = std::max<int64_t>(args.channels * element_bytes, 16);
+    const int64_t total_bytes = args.tokens * (args.packed ? 1 : args.bags) * row_bytes;
     // Readers of wide rows ask for more bytes ahead, which at the end of an item are another's.
-    const int64_t block_bytes = row_bytes > 4096 ? 512 << 10 : 256 << 10;
+    const int64_t most = row_bytes > 4096 ? 2 << 20 : 1 << 20;
+    const int64_t block_bytes = std::clamp<int64_t>(total_bytes / 32, most / 4, most);
     return std::max({block_bytes / row_bytes, 16 * args.queries, int64_t{16}});
   }
 

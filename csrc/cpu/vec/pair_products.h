@@ -149,6 +149,8 @@ struct PairProducts<BFloat16> {
         while (k < num_sums) some(Constant<1>{}, Constant<0>{});
         d += step * kPairLanes;
       };
+      // Sums enough to hide the latency of the additions, and not more than the registers hold.
+      while (num_sums < 4 && d + 4 * kPairLanes <= channels) columns(Constant<4>{});
       while (d + 2 * kPairLanes <= channels) columns(Constant<2>{});
       while (d < channels) columns(Constant<1>{});
       return true;
