@@ -94,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--thp", choices=("on", "off", "both"), help="let torch allocate huge pages too; both: one run of each")
     add("--limit", type=_seconds, metavar="SECONDS", help="begin no further case after that time, name the others")
     add("--csv", type=_file, metavar="FILE", help="write all rows, anew after each case")
+    add("--update", action="store_true", help="keep the CSV file's rows of other cases, and draw them, too")
     add("--plot", type=_picture, metavar="FILE", help="write charts (PNG): bars, or lines with --scaling")
     add("--json", action="store_true", help="print JSON instead of tables")
     return parser
@@ -238,8 +239,12 @@ def main(argv: Sequence[str]) -> int:
     arguments.families = arguments.families or list(FAMILIES)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device cuda: {environment.why_no_cuda()}")
+    if arguments.update and (arguments.scaling or not arguments.csv):
+        parser.error("--update is about the file of --csv, of the usual shapes")
     if arguments.against:
-        meaningless = [f"--{name}" for name in ("cold", "scaling", "thp", "limit", "json") if getattr(arguments, name)]
+        meaningless = [
+            f"--{name}" for name in ("cold", "scaling", "thp", "limit", "json", "update") if getattr(arguments, name)
+        ]
         if meaningless:
             parser.error(f"--against does not go with {', '.join(meaningless)}")
         if arguments.compare:
@@ -248,7 +253,7 @@ def main(argv: Sequence[str]) -> int:
 
     def save(run: Run) -> None:
         if arguments.csv:
-            report.write_csv(arguments.csv, [run])
+            report.write_csv(arguments.csv, [run], arguments.update)
 
     if arguments.thp in (None, environment.huge_pages()):
         runs = [_run(parser, arguments, save)]
@@ -257,9 +262,10 @@ def main(argv: Sequence[str]) -> int:
         runs = [run for way in ways for run in _run_in_child(argv, way)]
     print(report.to_json(runs) if arguments.json else "\n\n".join(map(report.text, runs)), flush=True)
     if arguments.csv:
-        report.write_csv(arguments.csv, runs)
+        report.write_csv(arguments.csv, runs, arguments.update)
     if arguments.plot:
-        _draw((scaling if arguments.scaling else plot).write, arguments.plot, runs)
+        drawn = [Run({}, report.read_csv(arguments.csv))] if arguments.update else runs
+        _draw((scaling if arguments.scaling else plot).write, arguments.plot, drawn)
     if any(run.interrupted for run in runs):
         return 130
     if any(run.ours_failed for run in runs):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from itertools import groupby
 from pathlib import Path
@@ -95,17 +95,43 @@ def text(run: Run) -> str:
     return "\n".join(lines)
 
 
-def write_csv(path: Path, runs: Iterable[Run]) -> None:
-    """Every row of every run, with the versions it was measured with."""
+def write_csv(path: Path, runs: Iterable[Run], update: bool = False) -> None:
+    """Every row of every run, with the versions it was measured with. ``update``: the file's rows of cases that are in
+    none of these runs stay where they are."""
     extra = ("used_by", "fusefeat_version", "torch_version", "processor", "device_name")
+    new: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for run in runs:
+        origin = [run.environment[name] for name in ("fusefeat", "torch", "processor")]
+        origin.append(run.environment.get("device", origin[-1]))
+        constant = dict(zip(extra[1:], origin, strict=True))
+        for row in run.rows:
+            values = asdict(row) | constant | {"used_by": run.about.get(row.case, "")}
+            new.setdefault(_case_of(values), []).append(values)
+    cases: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    if update and path.exists():
+        with path.open(newline="") as file:
+            for old in csv.DictReader(file):
+                cases.setdefault(_case_of(old), []).append(old)
+    cases |= new
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)] + list(extra))
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)] + list(extra), extrasaction="ignore")
         writer.writeheader()
-        for run in runs:
-            origin = [run.environment[name] for name in ("fusefeat", "torch", "processor")]
-            origin.append(run.environment.get("device", origin[-1]))
-            constant = dict(zip(extra[1:], origin, strict=True))
-            writer.writerows(asdict(row) | constant | {"used_by": run.about.get(row.case, "")} for row in run.rows)
+        for rows in cases.values():
+            writer.writerows(rows)
+
+
+def read_csv(path: Path) -> list[Row]:
+    """The rows that write_csv wrote."""
+    parse = {"str": str, "int": int, "float | None": lambda text: float(text) if text else None}
+    with path.open(newline="") as file:
+        return [
+            Row(**{field.name: parse[str(field.type)](line[field.name]) for field in fields(Row)})
+            for line in csv.DictReader(file)
+        ]
+
+
+def _case_of(row: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(str(row[name]) for name in ("family", "case", "dtype", "device", "threads", "huge_pages", "caches"))
 
 
 def write_plain_csv(path: Path, rows: Sequence[Any]) -> None:

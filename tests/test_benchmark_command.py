@@ -40,6 +40,7 @@ def row(case: str, **values: object) -> Row:
         (["--plot", "chart.bmp"], "expected the name of a .png"),
         (["--csv", "/proc/none/rows.csv"], "/proc/none cannot be made"),
         (["--csv", str(ROOT)], "cannot be written"),
+        (["--update"], "--update is about the file of --csv"),
         (["--against", "HEAD", "--cold", "--json"], "--against does not go with --cold, --json"),
     ],
 )
@@ -82,6 +83,19 @@ def test_what_is_measured_is_written_at_once(tmp_path: Path, monkeypatch: pytest
         cli.main([*QUICK, "--csv", str(path)])
     with path.open() as file:
         assert [line["case"] for line in csv.DictReader(file)] == ["one", "two"]
+
+
+def test_a_file_is_updated_case_by_case(tmp_path: Path) -> None:
+    path, environment = tmp_path / "rows.csv", dict.fromkeys(("fusefeat", "torch", "processor"), "x")
+    old = [row("one", median_ms=1.0), row("two", median_ms=2.0, floor_ms=0.5), row("two", median_ms=2.5)]
+    report.write_csv(path, [Run(environment, old)], update=True)
+    assert report.read_csv(path) == old
+    new = [row("two", median_ms=3.0), row("three", measurements=7)]
+    for _ in range(2):  # the second time after a further case
+        report.write_csv(path, [Run(environment, new)], update=True)
+        assert report.read_csv(path) == [old[0], *new]
+    report.write_csv(path, [Run(environment, new)])
+    assert report.read_csv(path) == new
 
 
 def test_an_interrupted_run_shows_what_it_has(

@@ -6,6 +6,7 @@ from .table import rows
 
 KERNELS = "tests/test_cpu_shared_kernels.py -k {isa}"
 POISONED = f"FUSEFEAT_POISON=1 {KERNELS}"
+SWEEP = "tests/test_cpu_sweep.py"
 
 LOGITS = rows(
     "csrc/cpu/vec/logits.h",
@@ -44,6 +45,11 @@ PACKING = rows(
         "first + kPackedRows < count ? first + kPackedRows : first;",
     ),
     ("pairs of rows half as far apart", "at + r / pair * strip);", "at + r / pair * strip / 2);"),
+    (
+        "operands that are to be rounded taken as they are",
+        "if (logits->operand != 0 && matrix.type != Scalar::bf16) return nullptr;",
+        "",
+    ),
 )
 
 FORWARD = rows(
@@ -122,16 +128,59 @@ BACKWARD = rows(
     ),
 )
 
+SWEEPS = [
+    *rows(
+        "csrc/cpu/vec/shared_sweep.h",
+        SWEEP,
+        ("gradient of the last partial sum only", "total[r][j] += sum[r][j];", "total[r][j] = sum[r][j];"),
+        (
+            "columns behind the last",
+            "store_part(to + j * lanes, total[r][j], left);",
+            "store(to + j * lanes, total[r][j]);",
+        ),
+        (
+            "bias sums of the block before",
+            "i < features * kLanes<A>; i += kLanes<A>) store(",
+            "i < 0; i += kLanes<A>) store(",
+        ),
+        ("rows' gradient of one block", "end, b == first_block, ahead);", "end, true, ahead);"),
+        ("tiles of the first group", "{tiles.strip_by_feature(first), ", "{tiles.strip_by_feature(0), "),
+    ),
+    *rows(
+        "csrc/cpu/vec/logit_gradient.h",
+        SWEEP,
+        (
+            "all blocks' logits on one loan",
+            "static_cast<char*>(args.loan) + begin * args.loan_row_bytes;",
+            "static_cast<char*>(args.loan);",
+        ),
+    ),
+    *rows(
+        "csrc/cpu/shared_backward.cpp",
+        SWEEP,
+        ("no means over kept rows", "if (split_.direct > 0) sum_dots(count);", ""),
+        ("no chunks behind the sweep", "if (begin < logits_.rows) run_chunks(begin);", ""),
+        ("logits on loan after the sweep", "args_.loan_end = 0;", ""),
+    ),
+]
+
 HOST = [
     *rows(
         "csrc/cpu/shared_statistics.cpp",
         KERNELS,
         ("sign of the entropy's gradient", "scales[i] = -grad[i];", "scales[i] = grad[i];"),
+        ("all logits stand rounding", "<= limit; });", "<= 1e30f; });", "tests/test_shared_loss.py -k large_logits"),
     ),
     *rows(
         "csrc/cpu/shared_loss.cpp",
         "tests/test_shared_penalty.py -k finished",
         ("divergence not that of the uniform prior", "std::log(p * static_cast<double>(features))", "std::log(p)"),
+        (
+            "few rows' logits rounded",
+            "rows >= std::min<int64_t>(features, 128);",
+            "rows >= 0;",
+            "tests/test_shared_loss.py -k sharp",
+        ),
         ("regulariser without its floor", ", rows) + reg_shift);", ", rows));"),
         (
             "gradient of the balance without its weight",
@@ -157,4 +206,4 @@ HOST = [
     ),
 ]
 
-FAULTS = [*LOGITS, *PACKING, *FORWARD, *LOGIT_GRADIENT, *BACKWARD, *HOST]
+FAULTS = [*LOGITS, *PACKING, *FORWARD, *LOGIT_GRADIENT, *BACKWARD, *SWEEPS, *HOST]

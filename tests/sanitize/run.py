@@ -50,7 +50,12 @@ class Kind:
     variables: dict[str, str]
 
 
-KERNELS = ("tests/test_cpu_kernels.py", "tests/test_cpu_shared_kernels.py", "tests/test_cpu_simd.py")
+KERNELS = (
+    "tests/test_cpu_kernels.py",
+    "tests/test_cpu_shared_kernels.py",
+    "tests/test_cpu_sweep.py",
+    "tests/test_cpu_simd.py",
+)
 SHARED_CASES = ("tests/test_attention_pool.py", "tests/test_shared_penalty.py", "-k", "not reference")
 
 READ_PAST_THE_TOKENS = Planted(
