@@ -52,19 +52,21 @@ inline bool stream_output(const void* data, int64_t row_bytes, int64_t bytes) {
 // Uninitialised memory for the kernels, aligned to cache lines.
 class Buffer {
  public:
-  explicit Buffer(int64_t bytes) {
+  explicit Buffer(int64_t bytes) : bytes_(bytes > 0 ? bytes : 0) {
     if (bytes <= 0) return;
     data_.reset(static_cast<char*>(::operator new(static_cast<size_t>(bytes), alignment)));
     advise_huge_pages(data_.get(), bytes);
     poison(data_.get(), bytes);
   }
   char* get() const { return data_.get(); }
+  int64_t bytes() const { return bytes_; }
 
  private:
   static constexpr std::align_val_t alignment{64};
   struct Free {
     void operator()(char* data) const { ::operator delete(data, alignment); }
   };
+  int64_t bytes_;
   std::unique_ptr<char, Free> data_;
 };
 

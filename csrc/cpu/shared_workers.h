@@ -34,12 +34,15 @@ inline int64_t chunk_rows(const SharedProblem& problem, int64_t rows, int64_t si
   return blocks_of(blocks_of(rows, chunks), step) * step;
 }
 
-// Runs phases of one call: its threads and their scratch.
+// Runs phases of one call: its threads and their scratch, which takes kMost bytes at most, or one thread's.
 class Workers {
  public:
+  static constexpr int64_t kMost = 6 * kMiB, kMostOfSweep = 8 * kMiB;
+
   explicit Workers(const SharedProblem& problem, int64_t sweep_rows = 0)
       : bytes_(problem.kernels->worker_bytes(problem.logits, sweep_rows) / 64 * 64 + 64),
-        count_(std::clamp<int64_t>(6 * kMiB / bytes_, 1, torch::stable::get_num_threads())),
+        count_(
+            std::clamp<int64_t>((sweep_rows > 0 ? kMostOfSweep : kMost) / bytes_, 1, torch::stable::get_num_threads())),
         scratch_(bytes_ * count_) {}
 
   // `work` in multiply-adds of all items together.
