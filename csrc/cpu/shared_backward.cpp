@@ -151,9 +151,9 @@ class Backward {
 
   // How many parts of the sums of the rows' gradients there is memory for, `part_bytes` each, beside `held`.
   int64_t sweep_parts(int64_t blocks, int64_t held, int64_t part_bytes) const {
-    constexpr int64_t tasks = 16, bound = 62 * kMiB, most = 24 * kMiB;
+    constexpr int64_t tasks = 16, most = 24 * kMiB;
     if (!with_rows()) return std::min(blocks, tasks);
-    int64_t room = bound - Workers::kMostOfSweep - held - split_.direct * logits_.features * split_.tile_bytes;
+    int64_t room = kSweepBytes - wishes_.unused_bytes - held - split_.direct * logits_.features * split_.tile_bytes;
     // What the sums of the weight's gradient in acc would take beyond the gradient.
     const int64_t size = static_cast<int64_t>(wishes_.grad_weight->element_size());
     if (split_.at_once) room += logits_.features * logits_.channels * (problem_.acc_bytes() - size);

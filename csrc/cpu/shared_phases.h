@@ -69,7 +69,7 @@ struct BackwardWishes {
   const void* kept = nullptr;
   Scalar kept_type = Scalar::f32;
   int64_t kept_rows = 0;
-  bool half_chunks = false;  // logits in acc take the room that was left for those in float16
+  int64_t unused_bytes = 0;  // of kept logits that are not good enough: those in acc have the room that is left
   // Outputs, or null.
   const Tensor *grad_context = nullptr, *grad_input = nullptr, *grad_weight = nullptr, *grad_bias = nullptr;
 };

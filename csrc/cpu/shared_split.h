@@ -7,6 +7,9 @@
 
 namespace fusefeat::cpu {
 
+// Of the 64 MiB that a call may have in scratch, what a sweep may hold beside the workers' own.
+inline constexpr int64_t kSweepBytes = 62 * kMiB - Workers::kMostOfSweep;
+
 // Ranges of feature blocks (`parts`) times ranges of groups of rows (`sums`) that are worked on at a time.
 struct Partition {
   int64_t parts, sums;
@@ -44,28 +47,35 @@ struct Split {
         tile_bytes(tile_type == Scalar::f16 ? 2 : problem.acc_bytes()),
         direct_rows(direct > 0 ? chunk_rows(problem, direct, 0, problem.logits.group) : 0),
         rows(
-            direct < problem.logits.rows ? chunk_rows(
-                                               problem, problem.logits.rows - direct, tile_bytes,
-                                               wishes.half_chunks ? problem.logits.group / 2 : problem.logits.group)
-                                         : 0) {
+            direct < problem.logits.rows
+                ? chunk_rows(
+                      problem, problem.logits.rows - direct, tile_bytes,
+                      wishes.unused_bytes > 0 ? problem.logits.group / 2 : problem.logits.group)
+                : 0) {
     const Logits& logits = problem.logits;
     const int64_t weight_bytes = logits.features * logits.channels * problem.acc_bytes();
     if (wishes.kind != Gradient::penalty || wishes.row_dot == nullptr || wishes.grad_weight == nullptr ||
         weight_bytes < 16 * kMiB || logits.channels > logits.depth_block) {
       return;
     }
-    constexpr int64_t most = 1024;
-    const int64_t strip = problem.kernels->strip;
-    const auto reach = [&](int64_t row_bytes) {
-      loan = std::min(row_bytes / tile_bytes, most) / strip * strip;
-      return std::min({direct + loan + rows, most, logits.rows});
+    // What `rows` rows hold: packed for both products, some parts of their gradients' sums, and the sums per block.
+    constexpr int64_t most = 1024, least_parts = 4;
+    const int64_t strip = problem.kernels->strip, acc = problem.acc_bytes();
+    const int64_t row_bytes =
+        ((2 + least_parts) * logits.channels + 3 * blocks_of(logits.features, logits.block)) * acc;
+    const int64_t tile_row_bytes = logits.features * tile_bytes;
+    const auto reach = [&](int64_t loan_row_bytes, int64_t further) {
+      const int64_t room = kSweepBytes - wishes.unused_bytes + further - direct * (tile_row_bytes + row_bytes);
+      if (room < 0 || direct > most) return int64_t{0};
+      loan = std::min(loan_row_bytes / tile_bytes, room / row_bytes) / strip * strip;
+      const int64_t in_tile = (room - loan * row_bytes) / (tile_row_bytes + row_bytes) / strip * strip;
+      return std::min({direct + loan + in_tile, most, logits.rows});
     };
-    if (direct > most) return;
     const int64_t size = static_cast<int64_t>(wishes.grad_weight->element_size());
-    sweep = reach(logits.channels * size);
+    sweep = reach(logits.channels * size, logits.features * logits.channels * (acc - size));
     at_once = sweep == logits.rows;
     // With chunks to follow the gradient is summed in acc, which has more room.
-    if (!at_once) sweep = reach(logits.channels * problem.acc_bytes());
+    if (!at_once) sweep = reach(logits.channels * acc, 0);
     if (sweep < logits.rows) sweep = sweep / strip * strip;
     loan = std::min(loan, sweep - direct);
   }

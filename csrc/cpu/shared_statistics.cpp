@@ -113,7 +113,7 @@ void shared_statistics_backward(
   }
   if (kept.scalar_type() == ScalarType::Half && input.scalar_type() == ScalarType::BFloat16 &&
       !stand_rounding(lses, problem.logits.rows)) {
-    wishes.half_chunks = true;
+    wishes.unused_bytes = kept.numel() * static_cast<int64_t>(kept.element_size());
   } else {
     wishes.kept = kept.const_data_ptr();
     wishes.kept_type = scalar_of(kept.scalar_type());
