@@ -144,8 +144,10 @@ struct PairProducts<BFloat16> {
           k += num;
         };
         if (list.ahead != 0 && num_sums < 4) some(Constant<1>{}, Constant<1>{});
-        if (list.ahead != 0 && num_sums >= 4) some(Constant<4>{}, Constant<1>{});
-        while (k + 4 <= num_sums) some(Constant<4>{}, Constant<0>{});
+        if constexpr (step <= 2) {
+          if (list.ahead != 0 && num_sums >= 4) some(Constant<4>{}, Constant<1>{});
+          while (k + 4 <= num_sums) some(Constant<4>{}, Constant<0>{});
+        }
         while (k < num_sums) some(Constant<1>{}, Constant<0>{});
         d += step * kPairLanes;
       };
