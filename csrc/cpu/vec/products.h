@@ -71,10 +71,26 @@ template <typename A>
 void multiply(const ProductArgs& args, int64_t row, int64_t column) {
   const int64_t rows = args.rows - row < kProductBlock ? args.rows - row : kProductBlock;
   const int64_t columns = args.columns - column < kProductBlock ? args.columns - column : kProductBlock;
-  if (args.b_column != 1) return multiply_columns<A>(args, row, rows, column, columns);
-  int64_t r = 0;
-  for (; r + 4 <= rows; r += 4) multiply_rows<A, 4>(args, row + r, column, columns);
-  for (; r < rows; ++r) multiply_rows<A, 1>(args, row + r, column, columns);
+  const auto by_rows = [&](const ProductArgs& some, int64_t first) {
+    int64_t r = 0;
+    for (; r + 4 <= rows; r += 4) multiply_rows<A, 4>(some, row + r, first, columns);
+    for (; r < rows; ++r) multiply_rows<A, 1>(some, row + r, first, columns);
+  };
+  if (args.b_column == 1) return by_rows(args, column);
+  // Columns of a few numbers leave most lanes of their products empty.
+  constexpr int64_t few = 64;
+  if (args.depth > few) return multiply_columns<A>(args, row, rows, column, columns);
+  alignas(64) A tile[few * kProductBlock];
+  for (int64_t j = 0; j < columns; ++j) {
+    const A* from = static_cast<const A*>(args.b) + (column + j) * args.b_column;
+    for (int64_t k = 0; k < args.depth; ++k) tile[k * kProductBlock + j] = from[k * args.b_row];
+  }
+  ProductArgs turned = args;
+  turned.b = tile;
+  turned.b_row = kProductBlock;
+  turned.b_column = 1;
+  turned.out = static_cast<A*>(args.out) + column;
+  by_rows(turned, 0);
 }
 
 }  // namespace
