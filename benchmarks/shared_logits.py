@@ -70,7 +70,7 @@ def scaling(make: Callable[[Shapes], list[Case]], quick: bool) -> dict[str, list
 
 
 def _chunks(inputs: Inputs) -> list[Tensor]:
-    rows = max(1, 2**23 // inputs["weight"].shape[0])
+    rows = max(1, 2**25 // inputs["weight"].shape[0])
     return list(inputs["x"].detach().split(rows))
 
 
