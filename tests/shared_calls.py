@@ -121,6 +121,33 @@ def check(got: dict[str, Tensor], want: dict[str, Tensor], dtype: torch.dtype) -
         assert error(got[name], wanted) <= bound, (name, error(got[name], wanted))
 
 
+def plain_penalty(z: Tensor) -> Tensor:
+    log_probs = z.log_softmax(1, dtype=torch.promote_types(z.dtype, torch.float32))
+    probs = log_probs.exp()
+    mean = probs.mean(0)
+    return (mean * mean.log()).sum() - (probs * log_probs).sum(1).mean()
+
+
+def loss_gradients(ops: Any, x: Tensor, weight: Tensor, keep: int = 0) -> tuple[Sequence[Tensor], Tensor]:
+    """Gradients of x and weight by the operator that finishes the penalty, and the logits that its forward kept."""
+    args = (None, x, weight, None, 1.0, 0, 1.0, 1.0, False, 0.0, 0.0)
+    *_, entropy, lse, probs, kept = ops.shared_loss(*args, keep)
+    needs = [False, True, True, False]
+    return ops.shared_loss_backward(torch.ones(()), None, *args, entropy, lse, probs, kept, needs)[1:3], kept
+
+
+def penalty_gradients(x: Tensor, weight: Tensor) -> Sequence[Tensor]:
+    """The same by plain PyTorch."""
+    leaves = [t.detach().requires_grad_() for t in (x, weight)]
+    return torch.autograd.grad(plain_penalty(leaves[0] @ leaves[1].T), leaves)
+
+
+def errors_beside_eager(x: Tensor, weight: Tensor, got: Sequence[Tensor]) -> list[tuple[float, float]]:
+    """Of each gradient: its error relative to float64, and that of plain PyTorch."""
+    exact, eager = penalty_gradients(x.double(), weight.double()), penalty_gradients(x, weight)
+    return [(error(mine, true), error(other, true)) for mine, other, true in zip(got, eager, exact, strict=True)]
+
+
 def strided(tensor: Tensor) -> Tensor:
     """The same values, every other element of a larger tensor, with the axes exchanged, from an odd offset."""
     shape = [2 * n + 1 for n in reversed(tensor.shape)]

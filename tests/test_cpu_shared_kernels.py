@@ -13,6 +13,7 @@ import pytest
 import shared_calls
 import torch
 from cpu_isas import every_isa  # noqa: F401 (the fixture isa)
+from fusefeat.ops.shared_loss import kept_dtype
 from fusefeat.reference import clamped_reg as clamp_reference
 from fusefeat.reference import shared_penalty as reference
 from shared_calls import (
@@ -24,14 +25,16 @@ from shared_calls import (
     acc_of,
     check,
     error,
+    errors_beside_eager,
     expect,
     gradients_of,
     incoming,
+    loss_gradients,
     make,
+    penalty_gradients,
     strided,
     with_unread_rows,
 )  # fmt: skip
-from torch import Tensor
 
 OPS = torch.ops.fusefeat
 TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -90,13 +93,6 @@ def test_kept_logits_give_the_same(isa: str, keep: int, dtype: torch.dtype) -> N
             assert error(kept[name], want) <= TOLERANCE[dtype] / 4, name
 
 
-def plain_penalty(z: Tensor) -> Tensor:
-    log_probs = z.log_softmax(1, dtype=torch.promote_types(z.dtype, torch.float32))
-    probs = log_probs.exp()
-    mean = probs.mean(0)
-    return (mean * mean.log()).sum() - (probs * log_probs).sum(1).mean()
-
-
 # Features in one block and in two, more channels than are multiplied at a time, and so many features that the forward
 # has half a group of rows in scratch.
 @pytest.mark.parametrize(("channels", "features"), [(30, 100), (30, 150), (1100, 150), (4, 20000)])
@@ -104,17 +100,21 @@ def plain_penalty(z: Tensor) -> Tensor:
 def test_logits_kept_in_float16(isa: str, keep: int, channels: int, features: int) -> None:
     """Gradients lose less to them than plain PyTorch's lose to its own in bfloat16; the others' are rounded, too."""
     x, weight = torch.randn(300, channels).bfloat16(), torch.randn(features, channels).bfloat16()
-    args = (None, x, weight, None, 1.0, 0, 1.0, 1.0, False, 0.0, 0.0)
-    *_, entropy, lse, probs, kept = OPS.shared_loss(*args, keep)
+    got, kept = loss_gradients(OPS, x, weight, keep)
     assert kept.dtype == torch.float16 and kept.shape == ((keep, features) if keep else (0,))
-    needs = [False, True, True, False]
-    got = OPS.shared_loss_backward(torch.ones(()), None, *args, entropy, lse, probs, kept, needs)[1:3]
-    leaves = [t.requires_grad_() for t in (x, weight)]
-    exact = [t.detach().double().requires_grad_() for t in leaves]
-    want = torch.autograd.grad(plain_penalty(exact[0] @ exact[1].T), exact)
-    eager = torch.autograd.grad(plain_penalty(x @ weight.T), leaves)
-    for mine, other, true in zip(got, eager, want, strict=True):
-        assert error(mine, true) <= 1.1 * error(other, true)
+    for mine, eager in errors_beside_eager(x, weight, got):
+        assert mine <= 1.1 * eager
+
+
+@pytest.mark.parametrize(
+    ("rows", "features", "rounded"), [(127, 200, False), (128, 200, True), (50, 51, False), (50, 50, True)]
+)
+def test_logits_of_few_rows_are_kept_unrounded(rows: int, features: int, rounded: bool) -> None:
+    x, weight = torch.randn(rows, 6).bfloat16(), torch.randn(features, 6).bfloat16()
+    for with_reg in (False, True):
+        *_, kept = OPS.shared_loss(None, x, weight, None, 1.0, 0, 1.0, 1.0, with_reg, 1.0, 0.0, rows)
+        assert kept.dtype == (torch.float16 if rounded and not with_reg else torch.float32)
+        assert kept.dtype == kept_dtype(x.dtype, with_reg, rows, features)
 
 
 def test_long_sums_are_rounded_no_more_than_short_ones(isa: str) -> None:
@@ -122,12 +122,7 @@ def test_long_sums_are_rounded_no_more_than_short_ones(isa: str) -> None:
     errors = []
     for channels in (256, 1024):
         x, weight = torch.randn(96, channels), torch.randn(500, channels) * channels**-0.5
-        args = (None, x, weight, None, 1.0, 0, 1.0, 1.0, False, 0.0, 0.0)
-        *_, entropy, lse, probs, kept = OPS.shared_loss(*args, 0)
-        needs = [False, True, True, False]
-        got = OPS.shared_loss_backward(torch.ones(()), None, *args, entropy, lse, probs, kept, needs)[1:3]
-        exact = [t.double().requires_grad_() for t in (x, weight)]
-        want = torch.autograd.grad(plain_penalty(exact[0] @ exact[1].T), exact)
+        got, want = loss_gradients(OPS, x, weight)[0], penalty_gradients(x.double(), weight.double())
         errors.append([error(mine, true) for mine, true in zip(got, want, strict=True)])
     assert all(long <= 1.3 * short for short, long in zip(*errors, strict=True)), errors
 

@@ -11,8 +11,20 @@ import pytest
 import shared_calls
 import torch
 from cpu_isas import every_isa  # noqa: F401 (the fixture isa)
-from shared_calls import NAN, TOLERANCE, Call, check, error, expect, incoming, make, with_unread_rows
-from test_cpu_shared_kernels import TYPES, plain_penalty
+from shared_calls import (
+    NAN,
+    TOLERANCE,
+    Call,
+    check,
+    error,
+    errors_beside_eager,
+    expect,
+    incoming,
+    loss_gradients,
+    make,
+    with_unread_rows,
+)  # fmt: skip
+from test_cpu_shared_kernels import TYPES
 from torch import Tensor
 
 OPS = torch.ops.fusefeat
@@ -78,16 +90,9 @@ def test_one_gradient_alone(wanted: str) -> None:
 def test_logits_kept_in_float16(isa: str, keep: int) -> None:
     """Gradients lose less to them than plain PyTorch's lose to its own in bfloat16."""
     x, weight = torch.randn(300, 130).bfloat16(), (torch.randn(33000, 130) * 0.3).bfloat16()
-    args = (None, x, weight, None, 1.0, 0, 1.0, 1.0, False, 0.0, 0.0)
-    *_, entropy, lse, probs, kept = OPS.shared_loss(*args, keep)
-    needs = [False, True, True, False]
-    got = OPS.shared_loss_backward(torch.ones(()), None, *args, entropy, lse, probs, kept, needs)[1:3]
-    leaves = [t.requires_grad_() for t in (x, weight)]
-    exact = [t.detach().double().requires_grad_() for t in leaves]
-    want = torch.autograd.grad(plain_penalty(exact[0] @ exact[1].T), exact)
-    eager = torch.autograd.grad(plain_penalty(x @ weight.T), leaves)
-    for mine, other, true in zip(got, eager, want, strict=True):
-        assert error(mine, true) <= 1.1 * error(other, true)
+    got, _ = loss_gradients(OPS, x, weight, keep)
+    for mine, eager in errors_beside_eager(x, weight, got):
+        assert mine <= 1.1 * eager
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
