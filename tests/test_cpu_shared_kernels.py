@@ -5,6 +5,7 @@ strips, blocks and chunks, strides, special values, kept logits, threads. Held t
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -93,9 +94,29 @@ def test_kept_logits_give_the_same(isa: str, keep: int, dtype: torch.dtype) -> N
             assert error(kept[name], want) <= TOLERANCE[dtype] / 4, name
 
 
-# Features in one block and in two, more channels than are multiplied at a time, and so many features that the forward
-# has half a group of rows in scratch.
-@pytest.mark.parametrize(("channels", "features"), [(30, 100), (30, 150), (1100, 150), (4, 20000)])
+# Features in one block and in two, more channels than are multiplied at a time, and so many features that rows are cut
+# into chunks.
+ROUNDED = [(30, 100), (30, 150), (1100, 150), (4, 20000)]
+
+
+@pytest.mark.parametrize(("channels", "features"), ROUNDED)
+@pytest.mark.parametrize("keep", [0, 64, 300])
+def test_statistics_are_those_of_rounded_logits(isa: str, keep: int, channels: int, features: int) -> None:
+    x, weight = (torch.randint(-16, 17, (n, channels)).bfloat16() / 32 for n in (300, features))
+    found = OPS.shared_loss(None, x, weight, None, 1.0, 0, 1.0, 1.0, False, 0.0, 0.0, keep)
+    penalty, _, entropy, lse, prob_sum = found[:5]
+    exact = x.double() @ weight.double().T  # and so are the kernel's sums
+    z = exact.half().double()
+    assert channels < 30 or not torch.equal(z, exact)
+    log_probs = z.log_softmax(1)
+    probs = log_probs.exp()
+    assert error(lse, z.logsumexp(1)) <= 3e-7
+    assert error(entropy, -(probs * log_probs).sum(1)) <= 2e-6
+    assert error(prob_sum, probs.sum(0)) <= 5e-7
+    assert error(penalty, shared_calls.plain_penalty(z) + math.log(features)) <= 2e-6
+
+
+@pytest.mark.parametrize(("channels", "features"), ROUNDED)
 @pytest.mark.parametrize("keep", [0, 64, 300])
 def test_logits_kept_in_float16(isa: str, keep: int, channels: int, features: int) -> None:
     """Gradients lose less to them than plain PyTorch's lose to its own in bfloat16; the others' are rounded, too."""

@@ -33,6 +33,7 @@ run = functools.partial(shared_calls.run, OPS)
 ODD = (50, 23, 129, 33001)  # a strip, a block, a pair of channels that is not full
 DEEP = (130, None, 1000, 4201)
 CHUNKS = (150, None, 40, 110001)  # one sweep and one more chunk
+RECOMPUTED = (200, None, 65, 65539)  # logits of some rows have no room, and are computed twice in one sweep
 
 
 Results = dict[str, Tensor]
@@ -41,7 +42,7 @@ Results = dict[str, Tensor]
 @functools.cache
 def expected(shape: tuple[int, int | None, int, int], dtype: torch.dtype) -> tuple[Call, list[Tensor | None], Results]:
     torch.manual_seed(0)
-    call = make(*shape, dtype, row_weight=shape is not CHUNKS)
+    call = make(*shape, dtype, row_weight=shape not in (CHUNKS, RECOMPUTED))
     grads: list[Tensor | None] = [*incoming(call)]
     if dtype != torch.float64:  # of some million logits one is so near margin that its side is a matter of rounding
         grads[3] = None
@@ -71,6 +72,12 @@ def test_chunks_behind_the_sweep(dtype: torch.dtype, keep: int) -> None:
     check(run(call, grads, keep=keep), want, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_logits_computed_twice(isa: str, dtype: torch.dtype) -> None:
+    call, grads, want = expected(RECOMPUTED, dtype)
+    check(run(call, grads), want, dtype)
+
+
 def test_rows_of_weight_0_are_not_read(isa: str) -> None:
     call, grads, _ = expected(ODD, torch.float32)
     got, want = run(with_unread_rows(call, NAN), grads), run(call, grads)
@@ -86,10 +93,14 @@ def test_one_gradient_alone(wanted: str) -> None:
     assert all(got[other].numel() == 0 for other in want if other.startswith("grad_") and other != name)
 
 
-@pytest.mark.parametrize("keep", [0, 64, 300])
-def test_logits_kept_in_float16(isa: str, keep: int) -> None:
+# The last has logits that are computed twice, as for want of room others are.
+@pytest.mark.parametrize(
+    ("keep", "rows", "channels", "features"),
+    [*((keep, 300, 130, 33000) for keep in (0, 64, 300)), (32, 360, 65, 65539)],
+)
+def test_logits_kept_in_float16(isa: str, keep: int, rows: int, channels: int, features: int) -> None:
     """Gradients lose less to them than plain PyTorch's lose to its own in bfloat16."""
-    x, weight = torch.randn(300, 130).bfloat16(), (torch.randn(33000, 130) * 0.3).bfloat16()
+    x, weight = torch.randn(rows, channels).bfloat16(), (torch.randn(features, channels) * 0.3).bfloat16()
     got, _ = loss_gradients(OPS, x, weight, keep)
     for mine, eager in errors_beside_eager(x, weight, got):
         assert mine <= 1.1 * eager

@@ -59,13 +59,13 @@ class Backward {
         logits_(problem.logits),
         split_(problem, wishes),
         partition_(problem, wishes, split_.first_rows()),
-        workers_(problem, split_.sweep),
+        workers_(problem, split_.sweep.rows),
         weight_sums_(problem, wishes.grad_weight, partition_.sums, split_.at_once),
         bias_sums_(problem, wishes.grad_bias, partition_.sums) {}
 
   void run() {
     set_args();
-    int64_t begin = split_.sweep;
+    int64_t begin = split_.sweep.rows;
     if (begin > 0) sweep();
     if (begin < logits_.rows) run_chunks(begin);
     weight_sums_.write(workers_);
@@ -84,6 +84,7 @@ class Backward {
     args_.kept = wishes_.kept;
     args_.kept_type = wishes_.kept_type;
     args_.kept_rows = wishes_.kept_rows;
+    args_.tile_end = logits_.rows;
     args_.grad_prob_sum = wishes_.grad_prob_sum;
     args_.row_lse = data(wishes_.lse);
     args_.row_log_scale = data(wishes_.log_scale);
@@ -153,7 +154,7 @@ class Backward {
   int64_t sweep_parts(int64_t blocks, int64_t held, int64_t part_bytes) const {
     constexpr int64_t tasks = 16, most = 24 * kMiB;
     if (!with_rows()) return std::min(blocks, tasks);
-    int64_t room = kSweepBytes - wishes_.unused_bytes - held - split_.direct * logits_.features * split_.tile_bytes;
+    int64_t room = kSweepBytes - wishes_.kept_bytes - held;
     // What the sums of the weight's gradient in acc would take beyond the gradient.
     const int64_t size = static_cast<int64_t>(wishes_.grad_weight->element_size());
     if (split_.at_once) room += logits_.features * logits_.channels * (problem_.acc_bytes() - size);
@@ -161,13 +162,13 @@ class Backward {
   }
 
   void sweep() {
-    const int64_t rows = split_.sweep, size = problem_.acc_bytes();
+    const int64_t rows = split_.sweep.rows, size = problem_.acc_bytes();
     const int64_t channels = blocks_of(logits_.channels, kernels_.strip) * kernels_.strip;
     args_.chunk = chunk_at(problem_, 0, rows);
     const Counts count(problem_, args_.chunk);
     args_.sums = 1;
     args_.kept_end = split_.direct;
-    args_.loan_end = split_.direct + split_.loan;
+    args_.loan_end = split_.direct + split_.sweep.loan;
     args_.loan = weight_sums_.get();
     args_.loan_row_bytes = logits_.channels * (weight_sums_.type() == Scalar::f64   ? 8
                                                : weight_sums_.type() == Scalar::f32 ? 4
@@ -175,11 +176,11 @@ class Backward {
     args_.weight_type = weight_sums_.type();
     const Buffer packed = packed_buffer(problem_, split_.direct < rows ? rows : 0);
     const Buffer packed_rows = rows_buffer(rows, logits_.channels);
-    const Buffer tile = tile_buffer(rows - args_.loan_end);
+    args_.tile_end = args_.loan_end + split_.sweep.in_tile;
+    const Buffer tile = tile_buffer(split_.sweep.in_tile);
     const Buffer dots(3 * count.blocks * count.lanes * size);
     const int64_t part_bytes = channels * count.lanes * size;
-    const int64_t tile_bytes = (rows - args_.loan_end) * logits_.features * split_.tile_bytes;
-    args_.parts = sweep_parts(count.blocks, tile_bytes + 2 * part_bytes + dots.bytes(), part_bytes);
+    args_.parts = sweep_parts(count.blocks, tile.bytes() + 2 * part_bytes + dots.bytes(), part_bytes);
     const Buffer grad_rows(with_rows() ? args_.parts * part_bytes : 0);
     args_.packed = packed.get();
     args_.packed_rows = packed_rows.get();
@@ -197,6 +198,7 @@ class Backward {
     });
     if (with_rows()) write_rows(count);
     args_.loan_end = 0;
+    args_.tile_end = logits_.rows;
   }
 
   // The gradients of weight and bias are left in their sums.

@@ -1,25 +1,27 @@
 #include <algorithm>
 
+#include "shared_statistics.h"
 #include "shared_workers.h"
 
 namespace fusefeat::cpu {
 
-void run_forward(const SharedProblem& problem, const ForwardWishes& wishes) {
-  if (problem.logits.rows == 0) return;
+bool run_forward(const SharedProblem& problem, const ForwardWishes& wishes) {
+  if (problem.logits.rows == 0) return true;
   const SharedKernels& kernels = *problem.kernels;
   const Logits& logits = problem.logits;
   const int64_t size = problem.acc_bytes();
   const bool exponentials = wishes.row_entropy != nullptr;
   const bool whole = logits.block >= logits.features && logits.depth_block >= logits.channels && !wishes.softmax;
   const bool in_scratch = !whole && (exponentials || logits.depth_block < logits.channels);
-  // Kept logits of half the size leave less room for the chunk, and are worth more than it.
-  const bool crowded = wishes.kept_type == Scalar::f16 && logits.group * logits.features * size > 16 * kMiB;
-  const int64_t rows =
-      chunk_rows(problem, logits.rows, in_scratch ? size : 0, crowded ? logits.group / 2 : logits.group);
+  // Rounded logits are all that a chunk leaves in scratch, or where they are kept, unless sums of products are there.
+  const bool rounded = wishes.kept_type == Scalar::f16;
+  const bool half = rounded && in_scratch && logits.depth_block >= logits.channels;
+  const int64_t tile_size = !in_scratch ? 0 : half ? 2 : size;
+  const int64_t rows = chunk_rows(problem, logits.rows, tile_size, half ? logits.group / 4 : logits.group);
   const Counts most(problem, chunk_at(problem, 0, rows));
   const Workers workers(problem);
   const Buffer packed = packed_buffer(problem, rows);
-  const Buffer tile(in_scratch ? most.lanes * logits.features * size : 0);
+  const Buffer tile(half && wishes.kept_rows == logits.rows ? 0 : most.lanes * logits.features * tile_size);
   const Buffer statistics(exponentials ? 3 * most.blocks * most.lanes * size : 0);
   const Buffer excess(wishes.row_excess != nullptr ? most.blocks * most.lanes * size : 0);
   const Buffer fired(
@@ -33,6 +35,7 @@ void run_forward(const SharedProblem& problem, const ForwardWishes& wishes) {
   args.prob_sums = prob_sums.get();
   args.packed = packed.get();
   args.tile = tile.get();
+  args.tile_type = half ? Scalar::f16 : problem.is_double ? Scalar::f64 : Scalar::f32;
   if (exponentials) {
     const int64_t step = most.blocks * most.lanes * size;
     args.peak = statistics.get();
@@ -72,8 +75,9 @@ void run_forward(const SharedProblem& problem, const ForwardWishes& wishes) {
         kernels.combine_strip(args, strip);
       });
     }
+    if (rounded && !stand_rounding(*wishes.lse, begin, args.chunk.rows)) return false;
     if (wishes.prob_sum != nullptr || wishes.fired != nullptr) {
-      constexpr int64_t step = 16;  // divides the block of more than one block
+      constexpr int64_t step = 64;  // divides the block of more than one block
       workers.run(blocks_of(logits.features, step), count.work, [&](int64_t item, void*) {
         kernels.column_sums(args, item * step, std::min((item + 1) * step, logits.features));
       });
@@ -84,6 +88,7 @@ void run_forward(const SharedProblem& problem, const ForwardWishes& wishes) {
       });
     }
   }
+  return true;
 }
 
 }  // namespace fusefeat::cpu

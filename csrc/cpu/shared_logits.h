@@ -42,7 +42,10 @@ struct SharedForwardArgs {
   // One task sees all features and channels of its rows: it packs them and finishes what is wanted of them.
   bool whole;
   void* packed;  // the chunk's rows, channels [depth_begin, depth_end), transposed
-  void* tile;    // acc [strips][features][strip]; null: only clamp statistics are wanted
+  // [strips][features][strip]; null: only clamp statistics are wanted. In acc partial sums, then exponentials; in
+  // float16 the logits, but for those of kept rows.
+  void* tile;
+  Scalar tile_type;
   // Per feature block and lane of the chunk.
   void* peak;
   void* sum;
@@ -51,7 +54,7 @@ struct SharedForwardArgs {
   int32_t* fired;    // [groups of the chunk][features], or null
   void* prob_sums;   // acc [groups of the chunk][features], where tasks see whole rows
   void* kept;        // logits of the first rows, in strips that are 128 bytes wide in acc: [rows / 32][features][32]
-  Scalar kept_type;  // acc or f16
+  Scalar kept_type;  // acc; f16: all logits are rounded to it first
   int64_t kept_rows;
   // acc [rows], padded to whole strips
   const void* row_weight;
@@ -74,9 +77,9 @@ struct SharedBackwardArgs {
   bool whole;       // as in the forward
   bool has_logits;  // kept ones, or the matrices
   // One sweep over the blocks of features finishes the gradients of all rows of the chunk. Their logits are kept for
-  // the first kept_end rows, then on loan up to loan_end, and in `tile` from there on.
+  // the first kept_end rows, then on loan up to loan_end, then in `tile`, and from tile_end on computed once more.
   bool sweep;
-  int64_t kept_end, loan_end;
+  int64_t kept_end, loan_end, tile_end;
   void* loan;              // where grad_weight is yet to come: a block's logits lie where its gradient will
   int64_t loan_row_bytes;  // per feature
   void* packed;            // as in the forward
@@ -84,14 +87,14 @@ struct SharedBackwardArgs {
   void* tile;              // logits of the chunk in whole strips, unless kept
   Scalar tile_type;        // acc, or as those kept when all channels are multiplied at a time
   const void* kept;        // logits of the first kept_rows rows as the forward left them; null: in tile
-  Scalar kept_type;
+  Scalar kept_type;        // acc; f16: all logits are rounded to it, as in the forward
   int64_t kept_rows;
   void* dots;                 // three sums per feature block and lane, over the probabilities; or null
   const void* grad_prob_sum;  // acc [features], or null
   // acc [rows], padded to whole strips: dz = P (log_scale log P + offset + prob_scale grad_prob_sum) + excess_grad
   // where z > margin. Given dots, row_mean holds the gradient of lse, and then what is taken off each term: their mean
-  // over P less that gradient; lse becomes that of kept logits that were rounded.
-  void* row_lse;
+  // over P less that gradient.
+  const void* row_lse;
   const void* row_log_scale;
   const void* row_offset;
   const void* row_prob_scale;

@@ -86,9 +86,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> shared_loss(
   const SharedProblem problem(context, input, weight, bias, margin, std::nullopt, operand);
   const int64_t rows = problem.sizes.rows(), features = problem.sizes.features;
   const bool is_double = problem.is_double;
-  // In float16 where plain PyTorch's are in bfloat16, which would be too coarse beside statistics of unrounded logits.
-  // So would float16 be where each feature is one row's alone: what is left of its gradient is a small difference of
-  // both. The regulariser compares them with margin as they were.
+  // Logits are rounded to float16 where plain PyTorch's are to bfloat16, before anything is made of them: forward and
+  // backward see the same. Not where each feature is one row's alone, whose gradients are small differences; and the
+  // regulariser compares them with margin as they were.
   const bool shared = rows >= std::min<int64_t>(features, 128);
   const bool round_kept = input.scalar_type() == ScalarType::BFloat16 && !with_reg && shared;
   const auto kept_type = round_kept ? ScalarType::Half : acc_type(input.scalar_type());

@@ -51,25 +51,25 @@ struct ForwardWishes {
   void* prob_sum = nullptr;
   int64_t* fired = nullptr;
   void* kept = nullptr;
-  Scalar kept_type = Scalar::f32;
+  Scalar kept_type = Scalar::f32;  // f16: all logits are rounded to it
   int64_t kept_rows = 0;
   const Tensor* matrix = nullptr;
   bool softmax = false;  // what the matrix is: probabilities, or clamped logits
 };
 
-void run_forward(const SharedProblem& problem, const ForwardWishes& wishes);
+// Whether all is as wished: rows whose logits float16 may not hold end a forward that rounds them.
+bool run_forward(const SharedProblem& problem, const ForwardWishes& wishes);
 
 struct BackwardWishes {
   Gradient kind;
-  Buffer* lse = nullptr;
-  const Buffer *log_scale = nullptr, *prob_scale = nullptr, *excess_grad = nullptr, *offset = nullptr;
+  const Buffer *lse = nullptr, *log_scale = nullptr, *prob_scale = nullptr, *excess_grad = nullptr, *offset = nullptr;
   Buffer *mean = nullptr, *row_dot = nullptr;  // only when dots are needed
   const void* grad_prob_sum = nullptr;
   const Tensor *grad = nullptr, *assignment = nullptr;
   const void* kept = nullptr;
   Scalar kept_type = Scalar::f32;
   int64_t kept_rows = 0;
-  int64_t unused_bytes = 0;  // of kept logits that are not good enough: those in acc have the room that is left
+  int64_t kept_bytes = 0;  // of all kept logits, those that are of no use included
   // Outputs, or null.
   const Tensor *grad_context = nullptr, *grad_input = nullptr, *grad_weight = nullptr, *grad_bias = nullptr;
 };

@@ -131,7 +131,7 @@ SharedProblem::SharedProblem(
 
 int64_t SharedProblem::kept_rows(int64_t keep_rows) const {
   if (keep_rows >= logits.rows) return logits.rows;
-  return keep_rows / 64 * 64;
+  return keep_rows / 32 * 32;
 }
 
 Buffer SharedProblem::gather(const OptionalTensor& tensor, double otherwise, double scale) const {

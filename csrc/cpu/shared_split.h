@@ -27,16 +27,23 @@ struct Partition {
   }
 };
 
+// How far a sweep goes: `rows` (0: there is none), the first of which were kept; then `loan` whose logits lie where the
+// weight's gradient will, `in_tile` whose are in scratch, and those whose are computed once more.
+struct Sweep {
+  int64_t rows = 0, loan = 0, in_tile = 0;
+
+  int64_t recomputed(int64_t direct) const { return rows - direct - loan - in_tile; }
+};
+
 // Which rows share a chunk. Those whose logits need no computing come first.
 struct Split {
   int64_t direct;  // how many these are
   Scalar tile_type;
   int64_t tile_bytes;
   int64_t direct_rows, rows;  // per chunk of these and of the others; 0 without any
-  // A weight too large for the caches has its gradient written once, in one sweep, for as many rows as there is memory
-  // for, that of the gradient included: `sweep` rows (0: no sweep), the logits of `loan` of them in that memory.
-  int64_t sweep = 0, loan = 0;
-  bool at_once = false;  // all rows are in the sweep without sums of the weight's gradient in acc
+  // A weight too large for the caches has its gradient written once, in one sweep over many rows.
+  Sweep sweep;
+  bool at_once = false;  // all rows are in the sweep, without sums of the weight's gradient in acc
 
   Split(const SharedProblem& problem, const BackwardWishes& wishes)
       : direct(wishes.kind == Gradient::assignment ? problem.logits.rows : wishes.kept_rows),
@@ -48,41 +55,55 @@ struct Split {
         direct_rows(direct > 0 ? chunk_rows(problem, direct, 0, problem.logits.group) : 0),
         rows(
             direct < problem.logits.rows
-                ? chunk_rows(
-                      problem, problem.logits.rows - direct, tile_bytes,
-                      wishes.unused_bytes > 0 ? problem.logits.group / 2 : problem.logits.group)
+                ? chunk_rows(problem, problem.logits.rows - direct, tile_bytes, problem.logits.group, wishes.kept_bytes)
                 : 0) {
     const Logits& logits = problem.logits;
-    const int64_t weight_bytes = logits.features * logits.channels * problem.acc_bytes();
+    const int64_t acc = problem.acc_bytes();
     if (wishes.kind != Gradient::penalty || wishes.row_dot == nullptr || wishes.grad_weight == nullptr ||
-        weight_bytes < 16 * kMiB || logits.channels > logits.depth_block) {
+        logits.features * logits.channels * acc < 16 * kMiB || logits.channels > logits.depth_block) {
       return;
     }
-    // What `rows` rows hold: packed for both products, some parts of their gradients' sums, and the sums per block.
-    constexpr int64_t most = 1024, least_parts = 4;
-    const int64_t strip = problem.kernels->strip, acc = problem.acc_bytes();
-    const int64_t row_bytes =
-        ((2 + least_parts) * logits.channels + 3 * blocks_of(logits.features, logits.block)) * acc;
-    const int64_t tile_row_bytes = logits.features * tile_bytes;
-    const auto reach = [&](int64_t loan_row_bytes, int64_t further) {
-      const int64_t room = kSweepBytes - wishes.unused_bytes + further - direct * (tile_row_bytes + row_bytes);
-      if (room < 0 || direct > most) return int64_t{0};
-      loan = std::min(loan_row_bytes / tile_bytes, room / row_bytes) / strip * strip;
-      const int64_t in_tile = (room - loan * row_bytes) / (tile_row_bytes + row_bytes) / strip * strip;
-      return std::min({direct + loan + in_tile, most, logits.rows});
-    };
     const int64_t size = static_cast<int64_t>(wishes.grad_weight->element_size());
-    sweep = reach(logits.channels * size, logits.features * logits.channels * (acc - size));
-    at_once = sweep == logits.rows;
-    // With chunks to follow the gradient is summed in acc, which has more room.
-    if (!at_once) sweep = reach(logits.channels * acc, 0);
-    if (sweep < logits.rows) sweep = sweep / strip * strip;
-    loan = std::min(loan, sweep - direct);
+    const Sweep whole = reach(problem, wishes.kept_bytes, size, true);
+    sweep = reach(problem, wishes.kept_bytes, acc, false);
+    if (whole.rows < logits.rows) return;
+    // Every chunk behind a sweep has weight and sums of its gradient from memory and back, for whose time so many rows
+    // are multiplied; sums that are not the gradient itself are further pages to be had. Both measured.
+    const bool pairs = problem.kernels->pack_factor == 2;
+    const int64_t per_chunk = pairs ? 120 : 64, new_sums = pairs ? 380 : 160;
+    const int64_t chunks = rows == 0 ? 0 : blocks_of(logits.rows - sweep.rows, rows);
+    at_once = sweep.rows == 0 || whole.recomputed(direct) <= chunks * per_chunk + (size < acc ? new_sums : 0);
+    if (at_once) sweep = whole;
   }
 
   // The first chunk sets the sums of the weight's gradient, hence the partition is made for its rows.
-  int64_t first_rows() const { return sweep == 0 && direct > 0 ? direct_rows : std::max<int64_t>(rows, 1); }
+  int64_t first_rows() const { return sweep.rows == 0 && direct > 0 ? direct_rows : std::max<int64_t>(rows, 1); }
   int64_t most_rows() const { return std::max(first_rows(), rows); }
+
+ private:
+  Sweep reach(const SharedProblem& problem, int64_t held, int64_t weight_size, bool recompute) const {
+    // What a row holds: packed for both products, some parts of its gradient's sums, and the sums per block. And what
+    // its logits do, in scratch that the C library has without new pages.
+    constexpr int64_t most = 1024, least_parts = 4, tile = 31 * kMiB;
+    const Logits& logits = problem.logits;
+    const int64_t strip = problem.kernels->strip, acc = problem.acc_bytes();
+    const int64_t row_bytes =
+        ((2 + least_parts) * logits.channels + 3 * blocks_of(logits.features, logits.block)) * acc;
+    const int64_t logits_bytes = logits.features * tile_bytes;
+    const int64_t room = kSweepBytes - held + logits.features * logits.channels * (acc - weight_size);
+    const auto whole_strips = [&](int64_t n) { return n / strip * strip; };
+    Sweep result;
+    int64_t reached = std::min({most, logits.rows, room / row_bytes});
+    if (reached < logits.rows) reached = whole_strips(reached);
+    if (room < 0 || reached < direct) return result;
+    result.loan = std::min(whole_strips(logits.channels * weight_size / tile_bytes), reached - direct);
+    const int64_t left = reached - direct - result.loan;
+    const int64_t alone = recompute ? room - reached * row_bytes : room - (direct + result.loan) * row_bytes;
+    const int64_t each = recompute ? logits_bytes : logits_bytes + row_bytes;
+    result.in_tile = std::clamp<int64_t>(whole_strips(std::min(alone / each, tile / logits_bytes)), 0, left);
+    result.rows = recompute ? reached : direct + result.loan + result.in_tile;
+    return result;
+  }
 };
 
 }  // namespace fusefeat::cpu

@@ -23,15 +23,13 @@ void entropy_terms(int64_t rows, const Buffer& entropy_grad, const Buffer& entro
   }
 }
 
-// Whether the logits that matter, those near lse, are rounded by little enough in float16: by 2^-12 of themselves. The
-// probabilities of others would have little to do with the statistics, and their sum might be 0 or infinite.
-bool stand_rounding(const Buffer& lses, int64_t rows) {
-  constexpr float limit = 24;  // the error is half of that of eager bfloat16 then, and grows fast
-  const float* values = reinterpret_cast<const float*>(lses.get());
-  return std::all_of(values, values + rows, [](float lse) { return std::abs(lse) <= limit; });
-}
-
 }  // namespace
+
+bool stand_rounding(const Buffer& lse, int64_t begin, int64_t rows) {
+  constexpr float limit = 30000;  // half of what would be infinite: the backward asks again, of the lse it is given
+  const float* values = reinterpret_cast<const float*>(lse.get()) + begin;
+  return std::all_of(values, values + rows, [](float value) { return std::abs(value) <= limit; });
+}
 
 SharedStatistics shared_statistics(
     const SharedProblem& problem, const Tensor& input, const OptionalTensor& row_weight, bool with_excess,
@@ -64,7 +62,14 @@ SharedStatistics shared_statistics(
   wishes.kept = found.kept.mutable_data_ptr();
   wishes.kept_type = scalar_of(kept_type);
   wishes.kept_rows = kept_rows;
-  run_forward(problem, wishes);
+  if (!run_forward(problem, wishes)) {
+    torch::stable::zero_(found.prob_sum);
+    if (keep_rows > 0) torch::stable::zero_(found.kept);
+    wishes.kept = nullptr;
+    wishes.kept_type = problem.is_double ? Scalar::f64 : Scalar::f32;
+    wishes.kept_rows = 0;
+    run_forward(problem, wishes);
+  }
   problem.scatter(entropies, found.row_entropy);
   problem.scatter(lses, found.lse);
   if (with_excess) problem.scatter(excesses, found.row_excess);
@@ -91,7 +96,7 @@ void shared_statistics_backward(
   const auto zeros = [&] { return problem.gather(std::nullopt, 0, 1); };
   const auto or_zeros = [&](std::optional<Buffer>& given) { return given.has_value() ? std::move(*given) : zeros(); };
   const Buffer entropies = problem.gather(row_entropy, 0, 1);
-  Buffer lses = problem.gather(lse, 0, 1);
+  const Buffer lses = problem.gather(lse, 0, 1);
   const Buffer prob_scale = problem.gather(row_weight, 1, problem.logits.margin);
   Buffer lse_grads = or_zeros(incoming.lse), log_scale = zeros(), offset = zeros();
   if (incoming.row_entropy.has_value()) {
@@ -111,10 +116,9 @@ void shared_statistics_backward(
     wishes.mean = &lse_grads;
     wishes.row_dot = &row_dots;
   }
-  if (kept.scalar_type() == ScalarType::Half && input.scalar_type() == ScalarType::BFloat16 &&
-      !stand_rounding(lses, problem.logits.rows)) {
-    wishes.unused_bytes = kept.numel() * static_cast<int64_t>(kept.element_size());
-  } else {
+  wishes.kept_bytes = kept.numel() * static_cast<int64_t>(kept.element_size());
+  const bool rounded = kept.scalar_type() == ScalarType::Half && input.scalar_type() == ScalarType::BFloat16;
+  if (!rounded || stand_rounding(lses, 0, problem.logits.rows)) {
     wishes.kept = kept.const_data_ptr();
     wishes.kept_type = scalar_of(kept.scalar_type());
     wishes.kept_rows = problem.kept_rows(keep_rows);

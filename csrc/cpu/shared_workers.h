@@ -15,10 +15,10 @@ inline int64_t blocks_of(int64_t length, int64_t block) {
 }
 
 // Rows whose logits are in scratch at one time, `size` bytes each (0: none are): what stays in the caches, but
-// `enough` rows to be worth reading the weight for, in at most 48 MiB (or one strip, however long). Rows of few
-// channels are many: their sums, of which each block of features has its own, and the counts of their groups take 16
-// MiB at most.
-inline int64_t chunk_rows(const SharedProblem& problem, int64_t rows, int64_t size, int64_t enough) {
+// `enough` rows to be worth reading the weight for, in at most 48 MiB less what is `held` beside it (or one strip,
+// however long). Rows of few channels are many: their sums, of which each block of features has its own, and the counts
+// of their groups take 16 MiB at most.
+inline int64_t chunk_rows(const SharedProblem& problem, int64_t rows, int64_t size, int64_t enough, int64_t held = 0) {
   const Logits& logits = problem.logits;
   const int64_t strip = 128 / problem.acc_bytes();
   const int64_t sums_bytes =
@@ -26,7 +26,7 @@ inline int64_t chunk_rows(const SharedProblem& problem, int64_t rows, int64_t si
   int64_t limit = std::min(2 * kMiB / (logits.grad_depth * problem.acc_bytes()), 16 * kMiB / sums_bytes);
   if (size > 0) {
     const int64_t row_bytes = logits.features * size;
-    limit = std::min(limit, std::max(2 * kMiB / row_bytes, std::min(enough, 48 * kMiB / row_bytes)));
+    limit = std::min(limit, std::max(2 * kMiB / row_bytes, std::min(enough, (48 * kMiB - held) / row_bytes)));
   }
   const int64_t step = limit >= logits.group ? logits.group : strip;
   limit = std::max(limit / step * step, step);

@@ -5,6 +5,8 @@ from __future__ import annotations
 from .table import rows
 
 KERNELS = "tests/test_cpu_shared_kernels.py -k {isa}"
+ROUNDED = "tests/test_cpu_shared_kernels.py -k rounded_logits"
+ROUNDING = "tests/test_shared_loss.py -k sharp"
 POISONED = f"FUSEFEAT_POISON=1 {KERNELS}"
 SWEEP = "tests/test_cpu_sweep.py"
 
@@ -24,6 +26,8 @@ LOGITS = rows(
         "constexpr int64_t kSummed = 1024;",
         f"{KERNELS} and long_sums",
     ),
+    ("odd channels as pairs", "if ((end - begin) % pair != 0 || stride", "if (stride"),
+    ("rows of odd stride as pairs", "|| stride % pair != 0 ||", "||"),
     (
         "a row too many",
         "lane + j * kLanes<A> < static_cast<int>(rows);",
@@ -71,6 +75,10 @@ FORWARD = rows(
     ("clamped at 0", "v <= margin ? splat<A>(margin) : v", "v <= A(0) ? splat<A>(0) : v"),
     ("fired of the last chunk only", "args.fired_sum[f] += count;", "args.fired_sum[f] = count;"),
     ("prob_sum of the last chunk only", "sums[f + i] += sum_lanes(sum[i]);", "sums[f + i] = sum_lanes(sum[i]);"),
+    ("the same of rounded logits", "sums[i] += sum_lanes(sum[i]);", "sums[i] = sum_lanes(sum[i]);", ROUNDED),
+    ("statistics of unrounded logits", "store(at, strip.template get<A>(f, j));", "{}", ROUNDED),
+    ("those of rows not kept", "store(z + i, in_float16<A>(load(z + i)));", "(void)z;", ROUNDED),
+    ("weight of rounded rows left out", "weight == 0 ? VecOf<A>{} : weight / sum", "VecOf<A>{} + 1 / sum", ROUNDED),
     (
         "prob_sum of the first group only",
         "for (int64_t g = 0; g < groups; ++g) static_cast<A*>",
@@ -88,8 +96,8 @@ LOGIT_GRADIENT = rows(
     ),
     (
         "sign of the mean",
-        "store(mean, terms / probs - shift - load(mean));",
-        "store(mean, -terms / probs - shift - load(mean));",
+        "store(mean, terms / probs - load(mean));",
+        "store(mean, -terms / probs - load(mean));",
     ),
     (
         "gradient at a tie",
@@ -99,15 +107,16 @@ LOGIT_GRADIENT = rows(
     ),
     ("margin left out", "const VecOf<A> g = margin * load(grads", "const VecOf<A> g = load(grads"),
     (
-        "rounded logits with the lse of others",
-        "store(lse, load(lse) + shift);",
-        "store(lse, load(lse));",
+        "sums over unrounded logits",
+        "if constexpr (sizeof(T) < sizeof(A)) store(z + i, load(tile + i));",
+        "",
+        "tests/test_shared_loss.py -k sharp",
     ),
     (
-        "rounded logits in scratch with the lse of others",
-        "(args.kept != nullptr ? args.kept_type : args.tile_type) == Scalar::f16",
-        "(args.kept != nullptr && args.kept_type == Scalar::f16)",
-        f"{KERNELS} and kept_in_float16",
+        "logits in acc not rounded",
+        "if (sizeof(T) == sizeof(A) && rounded) store(",
+        "if (false) store(",
+        ROUNDING,
     ),
 )
 
@@ -144,6 +153,7 @@ SWEEPS = [
             "i < 0; i += kLanes<A>) store(",
         ),
         ("rows' gradient of one block", "end, b == first_block, ahead);", "end, true, ahead);"),
+        ("weights not packed again", "s, s == first_computed, staging);", "s, false, staging);"),
         ("tiles of the first group", "{tiles.strip_by_feature(first), ", "{tiles.strip_by_feature(0), "),
     ),
     *rows(
@@ -153,6 +163,12 @@ SWEEPS = [
             "all blocks' logits on one loan",
             "static_cast<char*>(args.loan) + begin * args.loan_row_bytes;",
             "static_cast<char*>(args.loan);",
+        ),
+        (
+            "logits computed twice rounded once",
+            "if (args.kept_type != Scalar::f16) return;",
+            "if (args.kept_type != Scalar::f16 || !pack) return;",
+            f"{SWEEP} -k float16",
         ),
     ),
     *rows(

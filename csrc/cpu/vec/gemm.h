@@ -53,6 +53,25 @@ inline void multiply_rows(
   }
 }
 
+// The same of rows as they are: a(r, k) = a[r * row_stride + k].
+template <typename A, bool kPairs, int kRows, typename Beside>
+inline void multiply_unpacked_rows(
+    const A* a, int64_t row_stride, const A* b, int64_t depth, VecOf<A> (&sum)[kRows][2], const Beside& beside) {
+  for (int64_t k = 0; k < depth; k += kStrip<A>) {
+    beside(k);
+    const int64_t end = depth - k < kStrip<A> ? depth : k + kStrip<A>;
+    for (int64_t i = k; i < end; ++i, b += kStrip<A>) {
+      const VecOf<A> b0 = load(b), b1 = load(b + kLanes<A>);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        const VecOf<A> v = broadcast<A, kPairs>(a + r * row_stride + i);
+        sum[r][0] = multiply_add<A, kPairs>(v, b0, sum[r][0]);
+        sum[r][1] = multiply_add<A, kPairs>(v, b1, sum[r][1]);
+      }
+    }
+  }
+}
+
 // sum[r] += sum_k a[k][r] b[k], for kRows neighbouring columns of a strip a.
 template <typename A, bool kPairs, int kRows>
 inline void multiply_columns(const A* a, const A* b, int64_t depth, VecOf<A> (&sum)[kRows][2]) {

@@ -132,19 +132,33 @@ inline void matrix_dots(
   }
 }
 
+// Logits of a strip that nobody stores, of all channels.
+template <typename A, bool kPairs>
+inline void compute_strip(
+    const SharedBackwardArgs& args, const WeightBlock<A, kPairs>& block, int64_t strip, bool pack, A* z) {
+  logits_tile<A, kPairs>(block, pack, packed_strip<A, kPairs>(args.logits, args.packed, strip), nullptr, true, z);
+  if (args.kept_type != Scalar::f16) return;
+  for (int64_t i = 0; i < block.features * kStrip<A>; i += kLanes<A>) store(z + i, in_float16<A>(load(z + i)));
+}
+
 // Logits of a block of features for a group of rows, into the chunk's tile, but for those that were kept.
 template <typename A, bool kPairs>
 void logits_task(const SharedBackwardArgs& args, int64_t block, int64_t group, void* scratch) {
   const Logits& logits = args.logits;
   const int64_t begin = block * logits.block, features = min_of(logits.block, logits.features - begin);
   const int64_t group_strips = logits.group / kStrip<A>;
-  const bool last = args.depth_end == logits.channels;
+  const bool last = args.depth_end == logits.channels, rounded = last && args.kept_type == Scalar::f16;
   A* weights = static_cast<A*>(scratch);
   A* z = weights + packed_weight_length<A, kPairs>(logits);
-  const WeightBlock<A> weight_block{logits, begin, features, args.depth_begin, args.depth_end, weights};
+  const WeightBlock<A, kPairs> weight_block(logits, begin, features, args.depth_begin, args.depth_end, weights);
   const int64_t first = max_of(group * group_strips, args.kept_end / kStrip<A>);
   const int64_t end = min_of((group + 1) * group_strips, args.chunk.strips);
   for (int64_t s = first; s < end; ++s) {
+    if (s * kStrip<A> >= args.tile_end) {
+      compute_strip<A, kPairs>(args, weight_block, s, s == first, z);
+      logits_dots<A>(args, s, begin, features, Tile<A>{z, kStrip<A>}, Dots<A>(args, block, s));
+      continue;
+    }
     with_tile<A>(args, s, begin, features, [&]<typename T>(T* tile) {
       const A* earlier = nullptr;
       if constexpr (sizeof(T) == sizeof(A)) earlier = args.depth_begin == 0 ? nullptr : tile;
@@ -152,6 +166,7 @@ void logits_task(const SharedBackwardArgs& args, int64_t block, int64_t group, v
           weight_block, s == first, packed_strip<A, kPairs>(logits, args.packed, s), earlier, last, z);
       // By way of a tile in cache: stores that miss hold up the products. And the sums are over what is read again.
       for (int64_t i = 0; i < features * kStrip<A>; i += kLanes<A>) {
+        if (sizeof(T) == sizeof(A) && rounded) store(z + i, in_float16<A>(load(z + i)));
         store(tile + i, load(z + i));
         if constexpr (sizeof(T) < sizeof(A)) store(z + i, load(tile + i));
       }
@@ -197,16 +212,8 @@ void combine_dots(const SharedBackwardArgs& args, int64_t strip) {
       terms += load(Dots<A>(args, b, strip).of_terms + lane);
       probs += load(Dots<A>(args, b, strip).of_probs + lane);
     }
-    VecOf<A> shift{};
-    if ((args.kept != nullptr ? args.kept_type : args.tile_type) == Scalar::f16) {
-      // Rounded logits have an lse of their own, without which their probabilities do not sum to 1.
-      for (int i = 0; i < kLanes<A>; ++i) shift[i] = log_one(probs[i]);
-      A* lse = static_cast<A*>(args.row_lse) + at;
-      store(lse, load(lse) + shift);
-      shift *= load(static_cast<const A*>(args.row_log_scale) + at);
-    }
     A* mean = static_cast<A*>(args.row_mean) + at;
-    store(mean, terms / probs - shift - load(mean));
+    store(mean, terms / probs - load(mean));
   }
 }
 

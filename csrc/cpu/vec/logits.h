@@ -38,19 +38,33 @@ inline int64_t packed_weight_length(const Logits& logits) {
 // Packed channels that are summed in one go: partial sums keep the rounding of long sums down.
 constexpr int64_t kSummed = 256;
 
-// A block of weights, channels [begin, end), and where it is packed to.
-template <typename A>
+// A block of weights, channels [begin, end), and where it is packed to, unless it can be multiplied as it is: packing
+// costs what little rows do not make up for.
+template <typename A, bool kPairs>
 struct WeightBlock {
   const Logits& logits;
   int64_t first, features, begin, end;
   A* packed;
+  const A* direct = nullptr;
+  int64_t row_stride = 0;
+
+  WeightBlock(const Logits& logits_, int64_t first_, int64_t features_, int64_t begin_, int64_t end_, A* packed_)
+      : logits(logits_), first(first_), features(features_), begin(begin_), end(end_), packed(packed_) {
+    using T = Operand<A, kPairs>;
+    constexpr int64_t pair = kPairs ? 2 : 1, set = 2048 / static_cast<int64_t>(sizeof(T));
+    const int64_t stride = logits.weight.row_stride;
+    if ((end - begin) % pair != 0 || stride % pair != 0 || stride % set == 0) return;
+    direct = reinterpret_cast<const A*>(RowRange{&logits, true, first, features}.template direct<T>(0, begin));
+    row_stride = stride / pair;
+  }
 };
 
 // One strip of rows times a block of weights. Starts from `from` when given (earlier channels), and applies margin and
 // bias when these are the last channels. The first strip of a task packs each tile of weights just before it is
 // multiplied: what comes next is on its way from memory meanwhile.
 template <typename A, bool kPairs>
-inline void logits_tile(const WeightBlock<A>& block, bool pack, const A* rows, const A* from, bool last, A* to) {
+inline void logits_tile(
+    const WeightBlock<A, kPairs>& block, bool pack, const A* rows, const A* from, bool last, A* to) {
   constexpr int strip = kStrip<A>;
   const Logits& logits = block.logits;
   const int64_t features = block.features, first_feature = block.first;
@@ -63,17 +77,26 @@ inline void logits_tile(const WeightBlock<A>& block, bool pack, const A* rows, c
     const A* earlier = from == nullptr ? nullptr : from + f * strip;
     Ahead ahead;
     if (pack) {
-      const RowRange range{&logits, true, first_feature, features};
-      pack_by_rows<A, kPairs>(range, f, f + kRows, block.begin, block.end, block.packed);
+      if (block.direct == nullptr) {
+        const RowRange range{&logits, true, first_feature, features};
+        pack_by_rows<A, kPairs>(range, f, f + kRows, block.begin, block.end, block.packed);
+      }
       const int64_t next = first_feature + f + kRows, end = min_of(next + kTileRows, first_feature + features);
       ahead = Ahead(logits.weight, next, end, block.begin, block.end);
     }
     const int64_t lines = ahead.lines() * strip / (depth + 1) + 1;
     for (int64_t k = 0;; k += kSummed) {
       clear_tile<A, kRows>(sum);
-      multiply_rows<A, kPairs, kRows, strip>(
-          weights + k * features + f * strip, features * strip, rows + k * strip, min_of(kSummed, depth - k), sum,
-          [&](int64_t) { ahead.ask(lines); });
+      const auto beside = [&](int64_t) { ahead.ask(lines); };
+      if (block.direct != nullptr) {
+        multiply_unpacked_rows<A, kPairs, kRows>(
+            block.direct + f * block.row_stride + k, block.row_stride, rows + k * strip, min_of(kSummed, depth - k),
+            sum, beside);
+      } else {
+        multiply_rows<A, kPairs, kRows, strip>(
+            weights + k * features + f * strip, features * strip, rows + k * strip, min_of(kSummed, depth - k), sum,
+            beside);
+      }
       if (earlier != nullptr) {
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {

@@ -39,6 +39,13 @@ inline FloatVec round_lanes(FloatVec v, int operand) {
   return load(rounded);
 }
 
+// What a vector of logits is after it was stored in float16; doubles never are.
+template <typename A>
+inline VecOf<A> in_float16(VecOf<A> v) {
+  if constexpr (sizeof(A) == sizeof(float)) return round_lanes(v, 2);
+  return v;
+}
+
 // `count` elements to acc, rounded to the operand's type.
 template <typename A, typename T>
 inline void to_operands(const T* from, int64_t stride, int64_t count, int operand, A* to) {
@@ -74,6 +81,18 @@ template <>
 inline constexpr Scalar kScalar<double> = Scalar::f64;
 template <>
 inline constexpr Scalar kScalar<BFloat16> = Scalar::bf16;
+
+template <bool kPairs, typename A>
+struct OperandOf {
+  using Type = A;
+};
+template <>
+struct OperandOf<true, float> {
+  using Type = BFloat16;
+};
+// What is multiplied.
+template <typename A, bool kPairs>
+using Operand = typename OperandOf<kPairs, A>::Type;
 
 // A range of rows that are packed together: of the chunk, or of the weight.
 struct RowRange {

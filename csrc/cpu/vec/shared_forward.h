@@ -27,8 +27,8 @@ inline void clamp_statistics(
   store(excess + lanes, sum1);
 }
 
-// Per lane: peak, sum of e = exp(z - peak), sum of e (z - peak); e goes to `e`.
-template <typename A>
+// Per lane: peak, sum of e = exp(z - peak), sum of e (z - peak); e goes to `e`, if wanted.
+template <typename A, bool kWrite>
 inline void block_statistics(const A* z, int64_t features, A* e, A* peak, A* sum, A* dot) {
   constexpr int lanes = kLanes<A>;
   VecOf<A> peak0 = splat<A>(-kInfinity<A>), peak1 = peak0;
@@ -47,8 +47,10 @@ inline void block_statistics(const A* z, int64_t features, A* e, A* peak, A* sum
     const VecOf<A> d0 = bounded_below<A>(load(z + f * kStrip<A>) - shift0);
     const VecOf<A> d1 = bounded_below<A>(load(z + f * kStrip<A> + lanes) - shift1);
     const VecOf<A> e0 = exp_bounded<A>(d0), e1 = exp_bounded<A>(d1);
-    store(e + f * kStrip<A>, e0);
-    store(e + f * kStrip<A> + lanes, e1);
+    if constexpr (kWrite) {
+      store(e + f * kStrip<A>, e0);
+      store(e + f * kStrip<A> + lanes, e1);
+    }
     sum0 += e0;
     sum1 += e1;
     dot0 = fma(e0, d0, dot0);
@@ -62,10 +64,11 @@ inline void block_statistics(const A* z, int64_t features, A* e, A* peak, A* sum
 
 template <typename A, bool kPairs>
 int64_t worker_bytes(const Logits& logits, int64_t sweep_rows) {
-  // The gradient tiles of a group, one more row for an odd feature, and tiles of one strip for the rest.
+  // The gradient tiles of a group, one more row for an odd feature, and tiles of one strip for the rest. A sweep may
+  // have the weights packed in both ways.
   const int64_t strips = blocks_of(sweep_rows > logits.group ? sweep_rows : logits.group, kStrip<A>);
   const int64_t tiles = (strips + 4) * (logits.block + 1) * kStrip<A>;
-  return (packed_weight_length<A, kPairs>(logits) + tiles) * static_cast<int64_t>(sizeof(A));
+  return (packed_weight_length<A, kPairs>(logits) * (sweep_rows > 0 ? 2 : 1) + tiles) * static_cast<int64_t>(sizeof(A));
 }
 
 // The sums over a group of w P of each feature, a vector for every one of them.
@@ -81,23 +84,66 @@ inline void add_probs(const SharedForwardArgs& args, int64_t strip, const A* e, 
 template <typename A, bool kPairs>
 void combine_strip(const SharedForwardArgs& args, int64_t strip);
 
-template <typename A>
-inline void keep_strip(const SharedForwardArgs& args, int64_t row, int64_t feature, int64_t features, const A* z) {
-  const KeptStrip<A> at(args.logits.features, args.kept_rows, row, feature);
-  const int64_t rows = min_of(kStrip<A>, args.kept_rows - row);
-  with_kept<A>(args.kept_type, args.kept, at.offset, [&](auto* kept) {
-    for (int64_t f = 0; f < features; ++f) {
-      for (int j = 0; j < 2; ++j) {
-        const VecOf<A> v = load(z + f * kStrip<A> + j * kLanes<A>);
-        const int64_t left = rows - j * kLanes<A>;
-        if (left >= kLanes<A>) {
-          store(kept + f * at.width + j * kLanes<A>, v);
-        } else if (left > 0) {
-          store_part(kept + f * at.width + j * kLanes<A>, v, static_cast<int>(left));
-        }
-      }
+// Where a strip's logits are: `rows` of them, `stride` from feature to feature.
+template <typename T>
+struct Strip {
+  T* at;
+  int64_t stride, rows;
+
+  template <typename A>
+  VecOf<A> get(int64_t feature, int j) const {
+    const int64_t left = rows - j * kLanes<A>;
+    const T* from = at + feature * stride + j * kLanes<A>;
+    return left >= kLanes<A> ? load(from) : left > 0 ? load_part(from, static_cast<int>(left)) : VecOf<A>{};
+  }
+
+  template <typename A>
+  void put(int64_t feature, int j, VecOf<A> v) const {
+    const int64_t left = rows - j * kLanes<A>;
+    T* to = at + feature * stride + j * kLanes<A>;
+    if (left >= kLanes<A>) {
+      store(to, v);
+    } else if (left > 0) {
+      store_part(to, v, static_cast<int>(left));
     }
+  }
+};
+
+// Calls body with where the logits of a kept strip of rows go, from a feature on.
+template <typename A, typename Body>
+inline void with_kept_strip(const SharedForwardArgs& args, int64_t row, int64_t feature, const Body& body) {
+  const KeptStrip<A> at(args.logits.features, args.kept_rows, row, feature);
+  with_kept<A>(args.kept_type, args.kept, at.offset, [&]<typename T>(T* kept) {
+    body(Strip<T>{kept, at.width, min_of(kStrip<A>, args.kept_rows - row)});
   });
+}
+
+// The same of any strip whose logits are in float16.
+template <typename A, typename Body>
+inline void with_rounded_strip(const SharedForwardArgs& args, int64_t strip, int64_t feature, const Body& body) {
+  const int64_t row = args.chunk.begin + strip * kStrip<A>;
+  if (row < args.kept_rows) return with_kept_strip<A>(args, row, feature, body);
+  if constexpr (sizeof(A) == sizeof(float)) {
+    Half* tile = static_cast<Half*>(args.tile) + (strip * args.logits.features + feature) * kStrip<A>;
+    body(Strip<Half>{tile, kStrip<A>, kStrip<A>});
+  }
+}
+
+// Writes a tile of logits, and has it as it was written.
+template <typename A, typename T>
+inline void put_tile(const Strip<T>& strip, int64_t features, A* z) {
+  for (int64_t f = 0; f < features; ++f) {
+    for (int j = 0; j < 2; ++j) {
+      A* at = z + f * kStrip<A> + j * kLanes<A>;
+      strip.template put<A>(f, j, load(at));
+      if constexpr (sizeof(T) < sizeof(A)) store(at, strip.template get<A>(f, j));
+    }
+  }
+}
+
+template <typename A>
+inline void round_tile(int64_t features, A* z) {
+  for (int64_t i = 0; i < features * kStrip<A>; i += kLanes<A>) store(z + i, in_float16<A>(load(z + i)));
 }
 
 // The logits of a block of features for a group of rows, and with the last channels what is wanted of them.
@@ -108,17 +154,18 @@ void forward_task(const SharedForwardArgs& args, int64_t block, int64_t group, v
   const int64_t begin = block * logits.block, features = min_of(logits.block, logits.features - begin);
   const int64_t group_strips = logits.group / strip;
   const bool last = args.depth_end == logits.channels;
+  const bool rounded = sizeof(A) == sizeof(float) && args.tile_type == Scalar::f16;
   const A margin = static_cast<A>(logits.margin);
   A* weights = static_cast<A*>(scratch);
   A* z = weights + packed_weight_length<A, kPairs>(logits);
-  const WeightBlock<A> weight_block{logits, begin, features, args.depth_begin, args.depth_end, weights};
+  const WeightBlock<A, kPairs> weight_block(logits, begin, features, args.depth_begin, args.depth_end, weights);
   int32_t* fired = args.fired == nullptr ? nullptr : args.fired + group * logits.features + begin;
   for (int64_t f = 0; last && fired != nullptr && f < features; ++f) fired[f] = 0;
   A* probs = args.prob_sums == nullptr ? nullptr : z + logits.block * strip;
   for (int64_t i = 0; probs != nullptr && i < features * kLanes<A>; i += kLanes<A>) store(probs + i, VecOf<A>{});
   const int64_t end = min_of((group + 1) * group_strips, args.chunk.strips);
   for (int64_t s = group * group_strips; s < end; ++s) {
-    A* tile = args.tile == nullptr ? z : static_cast<A*>(args.tile) + (s * logits.features + begin) * strip;
+    A* tile = args.tile == nullptr || rounded ? z : static_cast<A*>(args.tile) + (s * logits.features + begin) * strip;
     if (args.whole) pack_transposed<A, kPairs>(logits, args.chunk, s, 0, logits.channels, args.packed);
     logits_tile<A, kPairs>(
         weight_block, s == group * group_strips, packed_strip<A, kPairs>(logits, args.packed, s),
@@ -126,17 +173,28 @@ void forward_task(const SharedForwardArgs& args, int64_t block, int64_t group, v
     if (!last) continue;
     const int64_t row = args.chunk.begin + s * strip;
     const int64_t lane = (block * args.chunk.strips + s) * strip;
-    if (row < args.kept_rows) keep_strip<A>(args, row, begin, features, z);
+    const auto put = [&](const auto& to) { put_tile<A>(to, features, z); };
+    if (rounded) {
+      with_rounded_strip<A>(args, s, begin, put);
+    } else if (row < args.kept_rows) {
+      with_kept_strip<A>(args, row, begin, put);
+    } else if (args.kept_type == Scalar::f16) {
+      round_tile<A>(features, z);
+    }
     if (args.excess != nullptr) {
       IntOf<A> valid[2] = {};
       valid_lanes<A>(rows_of_strip<A>(args.chunk, s), valid);
       clamp_statistics<A>(z, features, margin, valid, static_cast<A*>(args.excess) + lane, fired);
     }
     if (args.peak != nullptr) {
-      block_statistics<A>(
-          z, features, tile, static_cast<A*>(args.peak) + lane, static_cast<A*>(args.sum) + lane,
-          static_cast<A*>(args.dot) + lane);
-      clear_lanes<A>(tile, features, rows_of_strip<A>(args.chunk, s));
+      A *peak = static_cast<A*>(args.peak) + lane, *sum = static_cast<A*>(args.sum) + lane;
+      A* dot = static_cast<A*>(args.dot) + lane;
+      if (rounded) {
+        block_statistics<A, false>(z, features, nullptr, peak, sum, dot);
+      } else {
+        block_statistics<A, true>(z, features, tile, peak, sum, dot);
+        clear_lanes<A>(tile, features, rows_of_strip<A>(args.chunk, s));
+      }
     }
     if (args.whole) combine_strip<A, kPairs>(args, s);
     if (probs != nullptr) add_probs<A>(args, s, tile, probs);
@@ -155,7 +213,8 @@ void forward_task(const SharedForwardArgs& args, int64_t block, int64_t group, v
   }
 }
 
-// Rows' entropy and lse from the blocks; afterwards `peak` holds what turns a block's e into w P.
+// Rows' entropy and lse from the blocks; afterwards `peak` holds what turns a block's e into w P. With logits in
+// float16 there are no e: `peak` begins with the rows' peaks, `sum` with what turns exponentials less these into w P.
 template <typename A, bool kPairs>
 void combine_strip(const SharedForwardArgs& args, int64_t strip) {
   const Logits& logits = args.logits;
@@ -191,11 +250,45 @@ void combine_strip(const SharedForwardArgs& args, int64_t strip) {
     const VecOf<A> weight = load(static_cast<const A*>(args.row_weight) + row);
     store(static_cast<A*>(args.row_lse) + row, lse);
     store(static_cast<A*>(args.row_entropy) + row, log_sum - dot / sum);
+    if (args.tile_type == Scalar::f16) {
+      store(peaks, peak);
+      store(static_cast<A*>(args.sum) + lane, weight == 0 ? VecOf<A>{} : weight / sum);
+      continue;
+    }
     for (int64_t b = 0; b < blocks; ++b) {
       const VecOf<A> scale = weight * exp_bounded<A>(bounded_below<A>(load(peaks + b * step) - peak)) / sum;
       store(peaks + b * step, weight == 0 ? VecOf<A>{} : scale);  // lanes without a row
     }
   }
+}
+
+// Adds the sums over the chunk's rows of w P of kCount features from rounded logits, while those of the next features
+// are on their way.
+template <typename A, int kCount>
+inline void sum_rounded(const SharedForwardArgs& args, int64_t feature, A* sums) {
+  VecOf<A> sum[kCount] = {};
+  for (int64_t s = 0; s < args.chunk.strips; ++s) {
+    with_rounded_strip<A>(args, s, feature, [&]<typename T>(const Strip<T>& logits) {
+      const auto add = [&](int j, const auto& get) {
+        const VecOf<A> peak = load(static_cast<const A*>(args.peak) + s * kStrip<A> + j * kLanes<A>);
+        const VecOf<A> scale = load(static_cast<const A*>(args.sum) + s * kStrip<A> + j * kLanes<A>);
+#pragma GCC unroll 8
+        for (int i = 0; i < kCount; ++i) {
+          const VecOf<A> e = exp_bounded<A>(bounded_below<A>(get(i, j) - peak));
+          sum[i] += scale == 0 ? VecOf<A>{} : scale * e;  // lanes without a row
+        }
+      };
+      for (int i = 0; i < kCount; ++i) __builtin_prefetch(logits.at + (kCount + i) * logits.stride);
+      for (int j = 0; j < 2; ++j) {
+        if (logits.rows == kStrip<A>) {
+          add(j, [&](int i, int k) { return load(logits.at + i * logits.stride + k * kLanes<A>); });
+        } else {
+          add(j, [&](int i, int k) { return logits.template get<A>(i, k); });
+        }
+      }
+    });
+  }
+  for (int i = 0; i < kCount; ++i) sums[i] += sum_lanes(sum[i]);
 }
 
 // prob_sum and fired_sum of features [begin, end), which lie in one block.
@@ -219,8 +312,14 @@ void column_sums(const SharedForwardArgs& args, int64_t begin, int64_t end) {
     }
     return;
   }
-  const A* weights = static_cast<const A*>(args.peak) + begin / logits.block * args.chunk.strips * strip;
   A* sums = static_cast<A*>(args.prob_sum);
+  if (sizeof(A) == sizeof(float) && args.tile_type == Scalar::f16) {
+    int64_t f = begin;
+    for (; f + step <= end; f += step) sum_rounded<A, step>(args, f, sums + f);
+    for (; f < end; ++f) sum_rounded<A, 1>(args, f, sums + f);
+    return;
+  }
+  const A* weights = static_cast<const A*>(args.peak) + begin / logits.block * args.chunk.strips * strip;
   for (int64_t f = begin; f < end; f += step) {
     const int count = static_cast<int>(min_of(step, end - f));
     VecOf<A> sum[step] = {};

@@ -51,15 +51,18 @@ void sweep_task(const SharedBackwardArgs& args, int64_t part, void* scratch) {
   const int64_t blocks = blocks_of(logits.features, logits.block);
   const int64_t first_block = blocks * part / args.parts, end_block = blocks * (part + 1) / args.parts;
   const bool with_rows = args.grad_context != nullptr || args.grad_input != nullptr;
+  const int64_t first_computed = blocks_of(args.tile_end, strip);
   A* weights = static_cast<A*>(scratch);
   A* bias_sums = weights + packed_weight_length<A, kPairs>(logits);
   A* staging = bias_sums + logits.block * kLanes<A>;
   A* dz = staging + 2 * logits.block * strip;
   A* by_feature = dz + (logits.block + 1) * strip;
+  A* weights_by_row = by_feature + strips * (logits.block + 1) * strip;
   A* by_row = kPairs ? by_feature + strips * ((logits.block + 1) / 2) * strip : by_feature;
   for (int64_t b = first_block; b < end_block; ++b) {
     const int64_t begin = b * logits.block, features = min_of(logits.block, logits.features - begin);
     const GradientTiles<A, kPairs> tiles{by_feature, by_row, features};
+    const WeightBlock<A, kPairs> weight_block(logits, begin, features, 0, logits.channels, weights_by_row);
     if (with_rows) {
       const RowRange rows{&logits, true, begin, features};
       pack_along_rows<A, kPairs>(rows, features, 0, logits.channels, tiles.feature_pairs() * strip, weights);
@@ -69,7 +72,12 @@ void sweep_task(const SharedBackwardArgs& args, int64_t part, void* scratch) {
       const int64_t end = min_of(first + group_strips, strips);
       for (int64_t s = first; s < end; ++s) {
         A* to = kPairs ? dz : tiles.strip_by_row(s);
-        logit_gradient<A>(args, s, begin, features, staging, to);
+        if (s * strip < args.tile_end) {
+          logit_gradient<A>(args, s, begin, features, staging, to);
+        } else {
+          compute_strip<A, kPairs>(args, weight_block, s, s == first_computed, staging);
+          gradient_from_logits<A>(args, s, begin, features, Tile<A>{staging, strip}, nullptr, to);
+        }
         clear_lanes<A>(to, features, rows_of_strip<A>(args.chunk, s));
         if (args.grad_bias != nullptr) add_to_bias<A>(to, features, bias_sums);
         tiles.put(s, to);

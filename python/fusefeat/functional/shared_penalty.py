@@ -130,9 +130,9 @@ def shared_penalty(
 
     Memory beyond inputs, parameters and their gradients is O(N + F) plus at most 64 MiB. On the CPU the backward
     finds up to 31 MiB of the logits kept (less beside features so many that 256 rows of logits take over 16 MiB, none
-    with fewer than 32 channels and over 8 MiB of logits; of bfloat16 inputs in bfloat16 when nothing but the scalar is
-    asked for, which are used where no row's log-sum-exp is beyond 32) and recomputes those of the other rows:
-    ``fusefeat.ops.shared_penalty.rows_to_keep``.
+    with fewer than 32 channels and over 8 MiB of logits) and recomputes those of the other rows:
+    ``fusefeat.ops.shared_penalty.rows_to_keep``. Logits of bfloat16 inputs are rounded to float16 there when nothing
+    but the scalar is asked for, rows are 128 or as many as features, and no row's log-sum-exp is beyond 30,000.
 
     Args:
         input, context, weight, bias, margin, backend: as in :func:`shared_assignment`.

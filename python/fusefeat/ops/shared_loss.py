@@ -66,8 +66,9 @@ def _operators(ops: Any) -> dict[str, Operator]:
 
 
 def kept_dtype(dtype: torch.dtype, with_reg: bool, rows: int, features: int) -> torch.dtype:
-    """What kept logits are stored in: float16 where plain PyTorch's are bfloat16, unless they are compared with margin,
-    or rows are so few that features may be one row's alone, whose gradients would be lost in the rounding."""
+    """What kept logits are stored in, and all are rounded to: float16 where plain PyTorch's are bfloat16, unless they
+    are compared with margin, or rows are so few that features may be one row's alone, whose gradients would be lost in
+    the rounding."""
     rounded = dtype == torch.bfloat16 and not with_reg and rows >= min(features, 128)
     return torch.float16 if rounded else acc_dtype(dtype)
 

@@ -15,13 +15,11 @@ from .differentiable import Operator, run_when_compiling
 from .native import NativeOperators
 
 # Logits that the forward keeps for its backward, in bytes: at most so many, and with the tile of logits that the
-# kernels have in scratch at one time (256 rows) at most SHARED_BYTES, which leaves the rest of the 64 MiB to packed
-# operands and partial sums. The C library's allocator has new pages for each block of 32 MiB or more.
+# kernels have in scratch at one time (256 rows; 64 where logits are float16 and all channels are multiplied at a time)
+# at most SHARED_BYTES, which leaves the rest of the 64 MiB to packed operands and partial sums. The C library's
+# allocator has new pages for each block of 32 MiB or more.
 KEPT_BYTES = 31 * 2**20
 SHARED_BYTES = 48 * 2**20
-# Where logits are kept in float16, the forward has 128 rows in scratch if 256 take more than CROWDED_BYTES, and the
-# backward's are float16, too, if all channels are multiplied at a time.
-CROWDED_BYTES = 16 * 2**20
 DEPTH_BLOCK = 1024
 # With fewer channels than this the product costs less than fresh memory for its result, unless that is small.
 FEW_CHANNELS, FEW_BYTES = 32, 8 * 2**20
@@ -47,15 +45,14 @@ def rows_to_keep(
         half = operand != 0 or dtype.itemsize == 2
         return 0 if rows * row_bytes > KEPT_BYTES or (backend == "triton" and half) else rows
     in_scratch = min(rows, 256) * row_bytes
-    if kept == torch.float16 and channels <= DEPTH_BLOCK:
-        forward = min(rows, 128) * row_bytes if 256 * row_bytes > CROWDED_BYTES else in_scratch
-        in_scratch = max(forward, in_scratch // 2)
     if kept is not None:
         row_bytes = features * kept.itemsize
+        if kept == torch.float16 and channels <= DEPTH_BLOCK:
+            in_scratch = min(rows, 64) * row_bytes
     room = max(min(KEPT_BYTES, SHARED_BYTES - in_scratch), 0)
     if channels < FEW_CHANNELS and rows * row_bytes > FEW_BYTES:
         return 0
-    return rows if rows * row_bytes <= room else room // row_bytes // 64 * 64
+    return rows if rows * row_bytes <= room else room // row_bytes // 32 * 32
 
 
 def row_count(context: Tensor | None, input: Tensor) -> Any:
