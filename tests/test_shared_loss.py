@@ -10,6 +10,7 @@ import torch
 from fusefeat import _library
 from fusefeat.ops import shared_loss
 from fusefeat.ops import shared_penalty as statistics
+from shared_calls import loss_gradients
 from torch import Tensor
 
 if not _library.STATE.cpu_loaded:
@@ -81,6 +82,19 @@ def test_logits_beyond_float16(
     for mine, other in zip(torch.autograd.grad(got, args), torch.autograd.grad(want, args), strict=True):
         scale = float(other.abs().max())
         torch.testing.assert_close(mine, other, rtol=1e-2, atol=1e-2 * scale)
+
+
+@pytest.mark.parametrize("keep", [0, 128])
+def test_logits_beyond_float16_only_when_rounded(keep: int) -> None:
+    # Twice 29,995 in float16 is 30,000 with a log-sum-exp above that, where logits are not rounded; unrounded it is below.
+    x, weight = torch.tensor([[128.0, 1.0]]).repeat(128, 1), torch.randn(300, 2)
+    weight[:2] = torch.tensor([234.0, 43.0])
+    x, weight = x.bfloat16(), weight.bfloat16()
+    got, kept = loss_gradients(OPS, x, weight, keep)
+    assert kept.shape[0] == keep
+    want = loss_gradients(OPS, x.float(), weight.float())[0]
+    for mine, other in zip(got, want, strict=True):
+        torch.testing.assert_close(mine.float(), other, rtol=1e-2, atol=1e-2 * float(other.abs().max()))
 
 
 def plain_penalty(x: Tensor, weight: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <utility>
 #include <vector>
 
@@ -23,10 +24,27 @@ void entropy_terms(int64_t rows, const Buffer& entropy_grad, const Buffer& entro
   }
 }
 
+// The forward tells the backward whether it rounded logits by the last bit of the first lse, as that is rounded itself:
+// one that was beyond the limit may be within it without the rounding of its logits.
+void tell_rounding(float* lse, bool rounded) {
+  if (!std::isfinite(*lse)) return;
+  uint32_t bits;
+  std::memcpy(&bits, lse, sizeof bits);
+  bits = (bits & ~1u) | (rounded ? 0u : 1u);
+  std::memcpy(lse, &bits, sizeof bits);
+}
+
+bool was_rounded(const Buffer& lse, int64_t rows) {
+  if (rows == 0 || !stand_rounding(lse, 0, rows)) return false;
+  uint32_t bits;
+  std::memcpy(&bits, lse.get(), sizeof bits);
+  return (bits & 1u) == 0;
+}
+
 }  // namespace
 
 bool stand_rounding(const Buffer& lse, int64_t begin, int64_t rows) {
-  constexpr float limit = 30000;  // half of what would be infinite: the backward asks again, of the lse it is given
+  constexpr float limit = 30000;  // half of what would be infinite
   const float* values = reinterpret_cast<const float*>(lse.get()) + begin;
   return std::all_of(values, values + rows, [](float value) { return std::abs(value) <= limit; });
 }
@@ -62,7 +80,8 @@ SharedStatistics shared_statistics(
   wishes.kept = found.kept.mutable_data_ptr();
   wishes.kept_type = scalar_of(kept_type);
   wishes.kept_rows = kept_rows;
-  if (!run_forward(problem, wishes)) {
+  const bool rounded = run_forward(problem, wishes);
+  if (!rounded) {
     torch::stable::zero_(found.prob_sum);
     if (keep_rows > 0) torch::stable::zero_(found.kept);
     wishes.kept = nullptr;
@@ -70,6 +89,7 @@ SharedStatistics shared_statistics(
     wishes.kept_rows = 0;
     run_forward(problem, wishes);
   }
+  if (kept_type == ScalarType::Half && rows > 0) tell_rounding(reinterpret_cast<float*>(lses.get()), rounded);
   problem.scatter(entropies, found.row_entropy);
   problem.scatter(lses, found.lse);
   if (with_excess) problem.scatter(excesses, found.row_excess);
@@ -117,8 +137,8 @@ void shared_statistics_backward(
     wishes.row_dot = &row_dots;
   }
   wishes.kept_bytes = kept.numel() * static_cast<int64_t>(kept.element_size());
-  const bool rounded = kept.scalar_type() == ScalarType::Half && input.scalar_type() == ScalarType::BFloat16;
-  if (!rounded || stand_rounding(lses, 0, problem.logits.rows)) {
+  const bool half = kept.scalar_type() == ScalarType::Half && input.scalar_type() == ScalarType::BFloat16;
+  if (!half || was_rounded(lses, problem.logits.rows)) {
     wishes.kept = kept.const_data_ptr();
     wishes.kept_type = scalar_of(kept.scalar_type());
     wishes.kept_rows = problem.kept_rows(keep_rows);
