@@ -86,9 +86,12 @@ def test_logits_beyond_float16(
 
 @pytest.mark.parametrize("keep", [0, 128])
 def test_logits_beyond_float16_only_when_rounded(keep: int) -> None:
-    # Twice 29,995 in float16 is 30,000 with a log-sum-exp above that, where logits are not rounded; unrounded it is below.
-    x, weight = torch.tensor([[128.0, 1.0]]).repeat(128, 1), torch.randn(300, 2)
-    weight[:2] = torch.tensor([234.0, 43.0])
+    # Two of 29,995 are 30,000 in float16, whose log-sum-exp is beyond that, where logits are not rounded; that of the
+    # two themselves is not.
+    x, weight = torch.randn(128, 3), torch.randn(300, 3)
+    x[::2] = torch.tensor([128.0, 1.0, 0.0])
+    x[1::2, :2] = 0
+    weight[:2, :2] = torch.tensor([234.0, 43.0])
     x, weight = x.bfloat16(), weight.bfloat16()
     got, kept = loss_gradients(OPS, x, weight, keep)
     assert kept.shape[0] == keep
