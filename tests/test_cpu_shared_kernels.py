@@ -25,6 +25,7 @@ from shared_calls import (
     TOLERANCE,
     acc_of,
     check,
+    check_rounded_gradients,
     error,
     errors_beside_eager,
     expect,
@@ -114,6 +115,12 @@ def test_statistics_are_those_of_rounded_logits(isa: str, keep: int, channels: i
     assert error(entropy, -(probs * log_probs).sum(1)) <= 2e-6
     assert error(prob_sum, probs.sum(0)) <= 5e-7
     assert error(penalty, shared_calls.plain_penalty(z) + math.log(features)) <= 2e-6
+
+
+@pytest.mark.parametrize(("channels", "features"), ROUNDED)
+@pytest.mark.parametrize("keep", [0, 64, 300])
+def test_gradients_are_those_of_rounded_logits(isa: str, keep: int, channels: int, features: int) -> None:
+    check_rounded_gradients(OPS, 300, channels, features, keep)
 
 
 @pytest.mark.parametrize(("channels", "features"), ROUNDED)
@@ -336,6 +343,17 @@ def test_nan_in_matrices(isa: str) -> None:
     for kind in ("shared_assignment", "clamped_activation"):
         matrix = getattr(OPS, kind)(None, input, weight, None, 1.0, 0)
         assert matrix[3].isnan().all() and matrix[:3].isfinite().all() and matrix[4:].isfinite().all()
+
+
+@pytest.mark.parametrize(("channels", "width"), [(65, 66), (64, 65), (64, 66)])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_weights_beside_other_columns(isa: str, dtype: torch.dtype, channels: int, width: int) -> None:
+    """Rows of neighbouring numbers, apart by an odd or an even number of them, the next one of which is no weight."""
+    call = make(40, None, channels, 150, dtype)
+    wide = torch.full((150, width), NAN, dtype=dtype)
+    wide[:, :channels] = call.weight
+    grads = incoming(call)
+    check(run(replace(call, weight=wide[:, :channels]), grads), expect(call, grads), dtype)
 
 
 @pytest.mark.parametrize("dtype", TYPES)

@@ -16,6 +16,7 @@ from shared_calls import (
     TOLERANCE,
     Call,
     check,
+    check_rounded_gradients,
     error,
     errors_beside_eager,
     expect,
@@ -31,8 +32,8 @@ OPS = torch.ops.fusefeat
 run = functools.partial(shared_calls.run, OPS)
 # rows, context rows, channels, features
 ODD = (50, 23, 129, 33001)  # a strip, a block, a pair of channels that is not full
-DEEP = (130, None, 1000, 4201)
-CHUNKS = (150, None, 40, 110001)  # one sweep and one more chunk
+DEEP = (290, None, 1000, 4201)  # more rows than are summed in one go
+CHUNKS = (1100, None, 1000, 4201)  # more than are in one sweep
 RECOMPUTED = (200, None, 65, 65539)  # logits of some rows have no room, and are computed twice in one sweep
 
 
@@ -65,7 +66,7 @@ def test_many_channels(isa: str, dtype: torch.dtype) -> None:
     check(run(call, grads, keep=64), want, dtype)
 
 
-@pytest.mark.parametrize("keep", [0, 64, 150])
+@pytest.mark.parametrize("keep", [0, 64, 1100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_chunks_behind_the_sweep(dtype: torch.dtype, keep: int) -> None:
     call, grads, want = expected(CHUNKS, dtype)
@@ -91,6 +92,11 @@ def test_one_gradient_alone(wanted: str) -> None:
     name = f"grad_{wanted}"
     assert error(got[name], want[name]) <= TOLERANCE[torch.float32]
     assert all(got[other].numel() == 0 for other in want if other.startswith("grad_") and other != name)
+
+
+@pytest.mark.parametrize("keep", [0, 32])
+def test_gradients_are_those_of_rounded_logits(isa: str, keep: int) -> None:
+    check_rounded_gradients(OPS, 360, 65, 65539, keep)
 
 
 # The last has logits that are computed twice, as for want of room others are.

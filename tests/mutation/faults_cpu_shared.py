@@ -7,7 +7,6 @@ from .table import rows
 KERNELS = "tests/test_cpu_shared_kernels.py -k {isa}"
 ROUNDED = "tests/test_cpu_shared_kernels.py -k rounded_logits"
 BEYOND = "tests/test_shared_loss.py -k beyond_float16"
-ROUNDING = "tests/test_shared_loss.py -k sharp"
 POISONED = f"FUSEFEAT_POISON=1 {KERNELS}"
 SWEEP = "tests/test_cpu_sweep.py"
 
@@ -111,13 +110,13 @@ LOGIT_GRADIENT = rows(
         "sums over unrounded logits",
         "if constexpr (sizeof(T) < sizeof(A)) store(z + i, load(tile + i));",
         "",
-        "tests/test_shared_loss.py -k sharp",
+        ROUNDED,
     ),
     (
         "logits in acc not rounded",
         "if (sizeof(T) == sizeof(A) && rounded) store(",
         "if (false) store(",
-        ROUNDING,
+        ROUNDED,
     ),
 )
 
@@ -169,7 +168,7 @@ SWEEPS = [
             "logits computed twice rounded once",
             "if (args.kept_type != Scalar::f16) return;",
             "if (args.kept_type != Scalar::f16 || !pack) return;",
-            f"{SWEEP} -k float16",
+            f"{SWEEP} -k rounded_logits",
         ),
     ),
     *rows(
@@ -197,7 +196,7 @@ HOST = [
             "few rows' logits rounded",
             "rows >= std::min<int64_t>(features, 128);",
             "rows >= 0;",
-            "tests/test_shared_loss.py -k sharp",
+            f"{KERNELS} and few_rows",
         ),
         ("regulariser without its floor", ", rows) + reg_shift);", ", rows));"),
         (
