@@ -196,7 +196,7 @@ HOST = [
             "few rows' logits rounded",
             "rows >= std::min<int64_t>(features, 128);",
             "rows >= 0;",
-            f"{KERNELS} and few_rows",
+            "tests/test_cpu_shared_kernels.py -k few_rows",
         ),
         ("regulariser without its floor", ", rows) + reg_shift);", ", rows));"),
         (
