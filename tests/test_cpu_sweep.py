@@ -34,6 +34,7 @@ run = functools.partial(shared_calls.run, OPS)
 ODD = (50, 23, 129, 33001)  # a strip, a block, a pair of channels that is not full
 DEEP = (290, None, 1000, 4201)  # more rows than are summed in one go
 CHUNKS = (1100, None, 1000, 4201)  # more than are in one sweep
+CROWDED = (150, None, 40, 110001)  # little memory beside kept logits: a sweep of few rows, or none
 RECOMPUTED = (200, None, 65, 65539)  # logits of some rows have no room, and are computed twice in one sweep
 
 
@@ -43,7 +44,7 @@ Results = dict[str, Tensor]
 @functools.cache
 def expected(shape: tuple[int, int | None, int, int], dtype: torch.dtype) -> tuple[Call, list[Tensor | None], Results]:
     torch.manual_seed(0)
-    call = make(*shape, dtype, row_weight=shape not in (CHUNKS, RECOMPUTED))
+    call = make(*shape, dtype, row_weight=shape not in (CHUNKS, CROWDED, RECOMPUTED))
     grads: list[Tensor | None] = [*incoming(call)]
     if dtype != torch.float64:  # of some million logits one is so near margin that its side is a matter of rounding
         grads[3] = None
@@ -70,6 +71,13 @@ def test_many_channels(isa: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_chunks_behind_the_sweep(dtype: torch.dtype, keep: int) -> None:
     call, grads, want = expected(CHUNKS, dtype)
+    check(run(call, grads, keep=keep), want, dtype)
+
+
+@pytest.mark.parametrize("keep", [64, 150])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_little_room_beside_kept_logits(dtype: torch.dtype, keep: int) -> None:
+    call, grads, want = expected(CROWDED, dtype)
     check(run(call, grads, keep=keep), want, dtype)
 
 

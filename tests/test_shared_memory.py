@@ -10,12 +10,15 @@ import pytest
 import torch
 from fusefeat.ops.shared_penalty import rows_to_keep
 
-# The widest, one whose logits are kept in part, and two where kept logits and the tile in scratch are largest together.
-SHAPES = [(2048, 256, 65536), (4096, 128, 8192), (2048, 64, 16384), (1024, 768, 32768)]
+# The widest, one whose logits are kept in part, two where kept logits and the tile in scratch are largest together, and
+# two with chunks behind a sweep that has a tile of its own, or with logits that are computed twice.
+SHAPES = [
+    (2048, 256, 65536), (4096, 128, 8192), (2048, 64, 16384), (1024, 768, 32768), (512, 256, 65536), (1024, 256, 65536),
+]  # fmt: skip
 ALLOCATOR_SLACK = 8 * 2**20
 
 CHILD = """
-import gc, json, sys, torch, fusefeat
+import ctypes, gc, json, sys, torch, fusefeat
 
 torch.set_num_threads(int(sys.argv[1]))
 n, d, f = map(int, sys.argv[2:5])
@@ -23,6 +26,7 @@ dtype = getattr(torch, sys.argv[5])
 
 def reset():
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")
 
@@ -38,6 +42,8 @@ def resident():
 small = torch.randn(40, d, requires_grad=True), torch.randn(90, d, requires_grad=True)
 fusefeat.shared_objective(small[0], None, small[1])[0].backward()
 x, w = (torch.randn(size, d, dtype=dtype, requires_grad=True) for size in (n, f))
+# From now on the C library keeps blocks of up to 32 MiB that it is given back, as in any program that ran for a while.
+torch.empty(31 << 20, dtype=torch.uint8)
 reset()
 before = resident()
 if len(sys.argv) > 6:

@@ -61,7 +61,8 @@ class Backward {
         partition_(problem, wishes, split_.first_rows()),
         workers_(problem, split_.sweep.rows),
         weight_sums_(problem, wishes.grad_weight, partition_.sums, split_.at_once),
-        bias_sums_(problem, wishes.grad_bias, partition_.sums) {}
+        bias_sums_(problem, wishes.grad_bias, partition_.sums),
+        tile_(tile_bytes(std::max(split_.sweep.in_tile, split_.at_once ? 0 : split_.rows))) {}
 
   void run() {
     set_args();
@@ -95,6 +96,7 @@ class Backward {
     args_.row_dot = data(wishes_.row_dot);
     if (wishes_.grad != nullptr) args_.grad = matrix_of(*wishes_.grad);
     if (wishes_.assignment != nullptr) args_.assignment = matrix_of(*wishes_.assignment);
+    args_.tile = tile_.get();
     args_.grad_weight = weight_sums_.get();
     args_.grad_bias = bias_sums_.get();
     for (const Tensor* out : {wishes_.grad_context, wishes_.grad_input}) {
@@ -104,8 +106,8 @@ class Backward {
     }
   }
 
-  Buffer tile_buffer(int64_t rows) const {
-    return Buffer(blocks_of(rows, kernels_.strip) * kernels_.strip * logits_.features * split_.tile_bytes);
+  int64_t tile_bytes(int64_t rows) const {
+    return blocks_of(rows, kernels_.strip) * kernels_.strip * logits_.features * split_.tile_bytes;
   }
 
   Buffer rows_buffer(int64_t rows, int64_t channels) const {
@@ -177,14 +179,12 @@ class Backward {
     const Buffer packed = packed_buffer(problem_, split_.direct < rows ? rows : 0);
     const Buffer packed_rows = rows_buffer(rows, logits_.channels);
     args_.tile_end = args_.loan_end + split_.sweep.in_tile;
-    const Buffer tile = tile_buffer(split_.sweep.in_tile);
     const Buffer dots(3 * count.blocks * count.lanes * size);
     const int64_t part_bytes = channels * count.lanes * size;
-    args_.parts = sweep_parts(count.blocks, tile.bytes() + 2 * part_bytes + dots.bytes(), part_bytes);
+    args_.parts = sweep_parts(count.blocks, tile_.bytes() + 2 * part_bytes + dots.bytes(), part_bytes);
     const Buffer grad_rows(with_rows() ? args_.parts * part_bytes : 0);
     args_.packed = packed.get();
     args_.packed_rows = packed_rows.get();
-    args_.tile = tile.get();
     args_.dots = dots.get();
     args_.grad_rows = grad_rows.get();
     if (split_.direct > 0) sum_dots(count);
@@ -211,7 +211,6 @@ class Backward {
     const Counts most(problem_, chunk_at(problem_, 0, split_.most_rows()));
     const Buffer packed = packed_buffer(problem_, split_.rows);
     const Buffer packed_rows = rows_buffer(most.lanes, grad_depth);
-    const Buffer tile = tile_buffer(split_.rows);
     const Buffer dots(with_dots() ? 3 * most.blocks * most.lanes * size : 0);
     const Buffer grad_rows(
         with_rows() && !whole
@@ -220,7 +219,6 @@ class Backward {
     args_.whole = whole;
     args_.packed = packed.get();
     args_.packed_rows = packed_rows.get();
-    args_.tile = tile.get();
     args_.dots = dots.get();
     args_.parts = partition_.parts;
     args_.sums = partition_.sums;
@@ -270,6 +268,7 @@ class Backward {
   const Partition partition_;
   const Workers workers_;
   const Sums weight_sums_, bias_sums_;
+  const Buffer tile_;  // of the sweep and of the chunks: what the C library keeps of one is not there for the other
   SharedBackwardArgs args_{};
 };
 
