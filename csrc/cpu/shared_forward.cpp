@@ -17,7 +17,8 @@ bool run_forward(const SharedProblem& problem, const ForwardWishes& wishes) {
   const bool rounded = wishes.kept_type == Scalar::f16;
   const bool half = rounded && in_scratch && logits.depth_block >= logits.channels;
   const int64_t tile_size = !in_scratch ? 0 : half ? 2 : size;
-  const int64_t rows = chunk_rows(problem, logits.rows, tile_size, half ? logits.group / 4 : logits.group);
+  const int64_t rows =
+      chunk_rows(problem, logits.rows, tile_size, half ? logits.group / 4 : logits.group, wishes.kept_bytes);
   const Counts most(problem, chunk_at(problem, 0, rows));
   const Workers workers(problem);
   const Buffer packed = packed_buffer(problem, rows);

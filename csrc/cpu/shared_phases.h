@@ -53,6 +53,7 @@ struct ForwardWishes {
   void* kept = nullptr;
   Scalar kept_type = Scalar::f32;  // f16: all logits are rounded to it
   int64_t kept_rows = 0;
+  int64_t kept_bytes = 0;  // of the memory for kept logits, used or not
   const Tensor* matrix = nullptr;
   bool softmax = false;  // what the matrix is: probabilities, or clamped logits
 };

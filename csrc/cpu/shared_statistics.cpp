@@ -80,6 +80,7 @@ SharedStatistics shared_statistics(
   wishes.kept = found.kept.mutable_data_ptr();
   wishes.kept_type = scalar_of(kept_type);
   wishes.kept_rows = kept_rows;
+  wishes.kept_bytes = found.kept.numel() * static_cast<int64_t>(found.kept.element_size());
   const bool rounded = run_forward(problem, wishes);
   if (!rounded) {
     torch::stable::zero_(found.prob_sum);
