@@ -11,6 +11,7 @@ from fusefeat import _library
 from fusefeat.ops import shared_loss
 from fusefeat.ops import shared_penalty as statistics
 from shared_calls import loss_gradients
+from shared_calls import plain_penalty as penalty_of
 from torch import Tensor
 
 if not _library.STATE.cpu_loaded:
@@ -66,7 +67,7 @@ def test_same_as_the_general_way(name: str, dtype: torch.dtype, monkeypatch: pyt
 @pytest.mark.parametrize(("channels", "features"), [(6, 100), (6, 20000), (1100, 300)])
 @pytest.mark.parametrize("row", [0, 290])
 @pytest.mark.parametrize("keep", [True, False])
-def test_logits_beyond_float16(
+def test_logits_beyond_rounding(
     channels: int, features: int, row: int, keep: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -85,13 +86,13 @@ def test_logits_beyond_float16(
 
 
 @pytest.mark.parametrize("keep", [0, 128])
-def test_logits_beyond_float16_only_when_rounded(keep: int) -> None:
-    # Two of 29,995 are 30,000 in float16, whose log-sum-exp is beyond that, where logits are not rounded; that of the
-    # two themselves is not.
+def test_logits_beyond_it_only_when_rounded(keep: int) -> None:
+    # Four of 254 19/32 are 254 5/8 in float16, whose log-sum-exp is beyond 256, where logits are not rounded; that of
+    # the four themselves is not.
     x, weight = torch.randn(128, 3), torch.randn(300, 3)
-    x[::2] = torch.tensor([128.0, 1.0, 0.0])
+    x[::2] = torch.tensor([64.0, 1.0, 0.0])
     x[1::2, :2] = 0
-    weight[:2, :2] = torch.tensor([234.0, 43.0])
+    weight[:4, :2] = torch.tensor([127 / 32, 19 / 32])
     x, weight = x.bfloat16(), weight.bfloat16()
     got, kept = loss_gradients(OPS, x, weight, keep)
     assert kept.shape[0] == keep
@@ -127,6 +128,32 @@ def test_bfloat16_within_twice_eager_where_assignments_are_sharp(rows: int, feat
     ours = gradients(lambda x, weight: fusefeat.shared_penalty(x, None, weight), torch.bfloat16)
     for got, plain, want in zip(ours, eager, exact, strict=True):
         assert (got - want).norm() <= 2 * (plain - want).norm()
+
+
+@pytest.mark.parametrize("offset", [100.0, 200.0, 4500.0, 1e4])
+@pytest.mark.parametrize("features", [100, 1000])
+def test_bfloat16_within_twice_eager_where_logits_share_an_offset(offset: float, features: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(256, 32, generator=generator), torch.randn(features, 32, generator=generator) * 32**-0.5
+    bias = torch.full((features,), offset)
+
+    def gradients(function: Any, dtype: torch.dtype) -> list[Tensor]:
+        args = [t.bfloat16().to(dtype).requires_grad_() for t in (x, weight)]
+        return [g.double() for g in torch.autograd.grad(function(*args, bias.bfloat16().to(dtype)), args)]
+
+    def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return penalty_of(torch.nn.functional.linear(x, weight, bias))
+
+    def fused(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return fusefeat.shared_penalty(x, None, weight, bias)
+
+    exact, eager, ours = (
+        gradients(plain, torch.float64),
+        gradients(plain, torch.bfloat16),
+        gradients(fused, torch.bfloat16),
+    )
+    for got, other, want in zip(ours, eager, exact, strict=True):
+        assert (got - want).norm() <= 2 * (other - want).norm()
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -15,7 +15,7 @@ SharedStatistics shared_statistics(
     const SharedProblem& problem, const Tensor& input, const OptionalTensor& row_weight, bool with_excess,
     bool with_fired, int64_t keep_rows, ScalarType kept_type);
 
-// Whether float16 holds the logits that matter, those near lse, of rows [begin, begin + rows).
+// Whether float16 is fine enough for the logits that matter, those near lse, of rows [begin, begin + rows).
 bool stand_rounding(const Buffer& lse, int64_t begin, int64_t rows);
 
 // What comes in for the statistics, of the rows that take part, the rows' times margin; absent where nothing does.

@@ -132,7 +132,7 @@ def shared_penalty(
     finds up to 31 MiB of the logits kept (less beside features so many that 256 rows of logits take over 16 MiB, none
     with fewer than 32 channels and over 8 MiB of logits) and recomputes those of the other rows:
     ``fusefeat.ops.shared_penalty.rows_to_keep``. Logits of bfloat16 inputs are rounded to float16 there when nothing
-    but the scalar is asked for, rows are 128 or as many as features, and no row's log-sum-exp is beyond 30,000.
+    but the scalar is asked for, rows are 128 or as many as features, and no row's log-sum-exp is beyond 256.
 
     Args:
         input, context, weight, bias, margin, backend: as in :func:`shared_assignment`.
