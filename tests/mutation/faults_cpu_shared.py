@@ -6,7 +6,6 @@ from .table import rows
 
 KERNELS = "tests/test_cpu_shared_kernels.py -k {isa}"
 ROUNDED = "tests/test_cpu_shared_kernels.py -k rounded_logits"
-BEYOND = "tests/test_shared_loss.py -k beyond"
 POISONED = f"FUSEFEAT_POISON=1 {KERNELS}"
 SWEEP = "tests/test_cpu_sweep.py"
 
@@ -185,8 +184,8 @@ HOST = [
         "csrc/cpu/shared_statistics.cpp",
         KERNELS,
         ("sign of the entropy's gradient", "scales[i] = -grad[i];", "scales[i] = grad[i];"),
-        ("all logits stand rounding", "<= limit; });", "<= 1e30f; });", BEYOND),
-        ("forward says that it rounded", "(rounded ? 0u : 1u)", "0u", f"{BEYOND}_it"),
+        ("all logits stand rounding", "<= limit; });", "<= 1e30f; });", "tests/test_shared_loss.py -k offset"),
+        ("forward says that it rounded", "(rounded ? 0u : 1u)", "0u", "tests/test_shared_loss.py -k beyond_it"),
     ),
     *rows(
         "csrc/cpu/shared_loss.cpp",
