@@ -76,7 +76,12 @@ FORWARD = rows(
     ("prob_sum of the last chunk only", "sums[f + i] += sum_lanes(sum[i]);", "sums[f + i] = sum_lanes(sum[i]);"),
     ("the same of rounded logits", "sums[i] += sum_lanes(sum[i]);", "sums[i] = sum_lanes(sum[i]);", ROUNDED),
     ("statistics of unrounded logits", "store(at, strip.template get<A>(f, j));", "{}", ROUNDED),
-    ("those of rows not kept", "store(z + i, in_float16<A>(load(z + i)));", "(void)z;", ROUNDED),
+    (
+        "those of rows not kept",
+        "args.kept_type == Scalar::f16) {\n      round_tile",
+        "false) {\n      round_tile",
+        ROUNDED,
+    ),
     ("weight of rounded rows left out", "weight == 0 ? VecOf<A>{} : weight / sum", "VecOf<A>{} + 1 / sum", ROUNDED),
     (
         "prob_sum of the first group only",
@@ -165,8 +170,8 @@ SWEEPS = [
         ),
         (
             "logits computed twice rounded once",
-            "if (args.kept_type != Scalar::f16) return;",
-            "if (args.kept_type != Scalar::f16 || !pack) return;",
+            "if (args.kept_type == Scalar::f16) round_tile",
+            "if (args.kept_type == Scalar::f16 && pack) round_tile",
             f"{SWEEP} -k rounded_logits",
         ),
     ),

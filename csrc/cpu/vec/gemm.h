@@ -33,34 +33,16 @@ inline VecOf<A> multiply_add(VecOf<A> a, VecOf<A> b, VecOf<A> sum) {
   return fma(a, b, sum);
 }
 
-// sum[r] += sum_k a(r, k) b(k), where a(r, k) = a[k / kRun * run_stride + r * kRun + k % kRun]. Calls beside(k) for
-// each run.
+// sum[r] += sum_k a(r, k) b(k), where a(r, k) = a[k / kRun * run_stride + r * row_stride + k % kRun]: of packed rows,
+// kRun apart, or, with runs one behind the other, of rows as they are. Calls beside(k) for each run.
 template <typename A, bool kPairs, int kRows, int kRun, typename Beside>
 inline void multiply_rows(
-    const A* a, int64_t run_stride, const A* b, int64_t depth, VecOf<A> (&sum)[kRows][2], const Beside& beside) {
+    const A* a, int64_t run_stride, int64_t row_stride, const A* b, int64_t depth, VecOf<A> (&sum)[kRows][2],
+    const Beside& beside) {
   for (int64_t k = 0; k < depth; k += kRun, a += run_stride) {
     beside(k);
     const int run = depth - k < kRun ? static_cast<int>(depth - k) : kRun;
     for (int i = 0; i < run; ++i, b += kStrip<A>) {
-      const VecOf<A> b0 = load(b), b1 = load(b + kLanes<A>);
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-        const VecOf<A> v = broadcast<A, kPairs>(a + r * kRun + i);
-        sum[r][0] = multiply_add<A, kPairs>(v, b0, sum[r][0]);
-        sum[r][1] = multiply_add<A, kPairs>(v, b1, sum[r][1]);
-      }
-    }
-  }
-}
-
-// The same of rows as they are: a(r, k) = a[r * row_stride + k].
-template <typename A, bool kPairs, int kRows, typename Beside>
-inline void multiply_unpacked_rows(
-    const A* a, int64_t row_stride, const A* b, int64_t depth, VecOf<A> (&sum)[kRows][2], const Beside& beside) {
-  for (int64_t k = 0; k < depth; k += kStrip<A>) {
-    beside(k);
-    const int64_t end = depth - k < kStrip<A> ? depth : k + kStrip<A>;
-    for (int64_t i = k; i < end; ++i, b += kStrip<A>) {
       const VecOf<A> b0 = load(b), b1 = load(b + kLanes<A>);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {

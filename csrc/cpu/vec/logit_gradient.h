@@ -137,8 +137,7 @@ template <typename A, bool kPairs>
 inline void compute_strip(
     const SharedBackwardArgs& args, const WeightBlock<A, kPairs>& block, int64_t strip, bool pack, A* z) {
   logits_tile<A, kPairs>(block, pack, packed_strip<A, kPairs>(args.logits, args.packed, strip), nullptr, true, z);
-  if (args.kept_type != Scalar::f16) return;
-  for (int64_t i = 0; i < block.features * kStrip<A>; i += kLanes<A>) store(z + i, in_float16<A>(load(z + i)));
+  if (args.kept_type == Scalar::f16) round_tile<A>(block.features, z);
 }
 
 // Logits of a block of features for a group of rows, into the chunk's tile, but for those that were kept.

@@ -89,13 +89,13 @@ inline void logits_tile(
       clear_tile<A, kRows>(sum);
       const auto beside = [&](int64_t) { ahead.ask(lines); };
       if (block.direct != nullptr) {
-        multiply_unpacked_rows<A, kPairs, kRows>(
-            block.direct + f * block.row_stride + k, block.row_stride, rows + k * strip, min_of(kSummed, depth - k),
-            sum, beside);
+        multiply_rows<A, kPairs, kRows, strip>(
+            block.direct + f * block.row_stride + k, strip, block.row_stride, rows + k * strip,
+            min_of(kSummed, depth - k), sum, beside);
       } else {
         multiply_rows<A, kPairs, kRows, strip>(
-            weights + k * features + f * strip, features * strip, rows + k * strip, min_of(kSummed, depth - k), sum,
-            beside);
+            weights + k * features + f * strip, features * strip, strip, rows + k * strip, min_of(kSummed, depth - k),
+            sum, beside);
       }
       if (earlier != nullptr) {
 #pragma GCC unroll 8
@@ -118,6 +118,12 @@ inline void logits_tile(
     }
     store_tile<A, kRows>(to + f * strip, strip, strip, false, sum);
   });
+}
+
+// A tile of logits as it would be read again from float16.
+template <typename A>
+inline void round_tile(int64_t features, A* z) {
+  for (int64_t i = 0; i < features * kStrip<A>; i += kLanes<A>) store(z + i, in_float16<A>(load(z + i)));
 }
 
 // Kept logits lie in strips of 128 bytes on every instruction set, the last one as narrow as its rows.

@@ -137,7 +137,7 @@ inline void add_weight_gradient(
       prefetch_tile<A, kRows>(to, logits.channels);
       clear_tile<A, kRows>(sum);
       multiply_rows<A, kPairs, kRows, run>(
-          tiles.by_row + f * run, tiles.features * run, rows, depth, sum, [](int64_t) {});
+          tiles.by_row + f * run, tiles.features * run, run, rows, depth, sum, [](int64_t) {});
       store_tile<A, kRows>(to, logits.channels, columns, !first, sum);
     });
   }

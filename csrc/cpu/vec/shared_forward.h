@@ -141,11 +141,6 @@ inline void put_tile(const Strip<T>& strip, int64_t features, A* z) {
   }
 }
 
-template <typename A>
-inline void round_tile(int64_t features, A* z) {
-  for (int64_t i = 0; i < features * kStrip<A>; i += kLanes<A>) store(z + i, in_float16<A>(load(z + i)));
-}
-
 // The logits of a block of features for a group of rows, and with the last channels what is wanted of them.
 template <typename A, bool kPairs>
 void forward_task(const SharedForwardArgs& args, int64_t block, int64_t group, void* scratch) {

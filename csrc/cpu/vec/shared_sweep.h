@@ -21,7 +21,7 @@ inline void write_weight_gradient(
       for (int64_t k = 0; k < depth; k += kSummed) {
         clear_tile<A, kRows>(sum);
         multiply_rows<A, kPairs, kRows, run>(
-            tiles.by_row + k * tiles.features + f * run, tiles.features * run, rows + k * strip,
+            tiles.by_row + k * tiles.features + f * run, tiles.features * run, run, rows + k * strip,
             min_of(kSummed, depth - k), sum, [](int64_t) {});
         for (int r = 0; r < kRows; ++r) {
           for (int j = 0; j < 2; ++j) total[r][j] += sum[r][j];

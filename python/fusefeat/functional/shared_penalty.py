@@ -129,7 +129,7 @@ def shared_penalty(
     maximisation of MSN (Assran et al. 2022), the codebook entropy loss of lookup-free quantisers (Yu et al. 2024).
 
     Memory beyond inputs, parameters and their gradients is O(N + F) plus at most 64 MiB. On the CPU the backward
-    finds up to 31 MiB of the logits kept (less beside features so many that 256 rows of logits take over 16 MiB, none
+    finds up to 31 MiB of the logits kept (less beside features so many that the rows in scratch take over 17 MiB, none
     with fewer than 32 channels and over 8 MiB of logits) and recomputes those of the other rows:
     ``fusefeat.ops.shared_penalty.rows_to_keep``. Logits of bfloat16 inputs are rounded to float16 there when nothing
     but the scalar is asked for, rows are 128 or as many as features, and no row's log-sum-exp is beyond 256.
